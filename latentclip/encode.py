@@ -1,0 +1,189 @@
+"""One pair shard to one latent shard: read, decode, preprocess, encode, publish.
+
+    encoder = ShardEncoder(load_codec("demo"), EncodeSettings(image_size=64), Folder("latents/"))
+    record = encoder.encode("pairs/00000.tar")
+
+Threads decode images while the codec works (Pillow releases the interpreter lock); a batch never spans shards and the
+last one is padded, so the same shard gives the same bytes whoever encodes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentclip.codec import Codec
+from latentclip.images import ImageLimits, open_image, to_square
+from latentclip.latent_space import Kind
+from latentclip.pairs import Pair, PairColumns, PairShard, Refusal
+from latentclip.records import DatasetFile, Record
+from latentclip.rejects import Reason, Rejected
+from latentclip.shards import LatentRows, write_shard
+from latentclip.storage import Folder
+from latentclip.views import ViewRecipe, augment
+
+Container = Literal["parquet", "webdataset"]
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What the stored latents depend on; all of it stands in the dataset file."""
+
+    image_size: int = 512
+    """Side of the square image that is encoded, in pixels."""
+    resize: Literal["crop", "pad"] = "crop"
+    """Shorter side to the image size and centre crop, or longer side and white padding."""
+    views: int = 1
+    """Latents stored of each image: the plain one, and augmented ones by `recipe`."""
+    recipe: ViewRecipe = field(default_factory=ViewRecipe)
+    """How the augmented views are drawn."""
+    kind: Kind = "mean"
+    """What is stored of the posterior."""
+    seed: int = 0
+    """Seed of a stored sample; unused otherwise."""
+    scaled: bool = True
+    """Store latents with the codec's scaling and shift applied, as diffusers' pipelines use them."""
+    container: Container = "parquet"
+    """File format of the latent shards."""
+    batch_size: int = 32
+    """Images in one call of the codec. It changes the last bits of a latent, so it is part of the data set."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """What images are refused before they are decoded."""
+    columns: PairColumns = field(default_factory=PairColumns)
+    """Where image, caption and key stand in a pair."""
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What the dataset file says of the way from pixels to latents."""
+        values = asdict(self)
+        recipe = values.pop("recipe") if self.views > 1 else values.pop("recipe") and None
+        for name in ("container", "kind", "scaled", "columns"):
+            del values[name]
+        return {**values, "recipe": recipe}
+
+
+@dataclass
+class _Prepared:
+    """A pair whose views are ready to be encoded."""
+
+    pair: Pair
+    pixels: Tensor
+    """(views, 3, size, size) uint8: a quarter of the bytes of float, so that reading ahead stays small."""
+
+
+class ShardEncoder:
+    """Encodes pair shards into one folder of latents; keeps the codec warm between shards."""
+
+    def __init__(self, codec: Codec, settings: EncodeSettings, folder: Folder, threads: int = 2) -> None:
+        self.codec = codec
+        self.settings = settings
+        self.folder = folder
+        self.threads = threads
+        self.dataset = dataset_file(codec, settings)
+
+    def encode(self, shard_url: str, limit: int | None = None) -> Record:
+        """Encode one shard (its first `limit` pairs) and publish it with its record.
+
+        Returns the record, or the one that stands there already. Raises `ShardUnreadable` for a shard of which
+        nothing can be read, and ConservationError if a single pair is unaccounted for.
+        """
+        shard = PairShard(shard_url, self.settings.columns)
+        rejects: dict[str, list[str]] = {}
+        stored: list[Pair] = []
+        views: list[list[np.ndarray]] = [[] for _ in range(self.settings.views)]
+        planned = 0
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            batch: list[_Prepared] = []
+            for item in self._prepare(islice(iter(shard), limit), pool):
+                planned += 1
+                if isinstance(item, Refusal):
+                    rejects.setdefault(item.reason, []).append(item.key)
+                    continue
+                batch.append(item)
+                if len(batch) == self.settings.batch_size:
+                    self._encode_batch(batch, stored, views, rejects)
+                    batch = []
+            if batch:
+                self._encode_batch(batch, stored, views, rejects)
+        return self._publish(shard, planned, stored, views, rejects)
+
+    def _prepare(self, items: Iterator[Pair | Refusal], pool: ThreadPoolExecutor) -> Iterator[_Prepared | Refusal]:
+        """Decode and preprocess in the pool, in order, at most two batches ahead."""
+        waiting: list[Refusal | Future[_Prepared | Refusal]] = []
+        for item in items:
+            waiting.append(item if isinstance(item, Refusal) else pool.submit(self._pixels, item))
+            if len(waiting) > 2 * self.settings.batch_size:
+                head = waiting.pop(0)
+                yield head if isinstance(head, Refusal) else head.result()
+        for head in waiting:
+            yield head if isinstance(head, Refusal) else head.result()
+
+    def _pixels(self, pair: Pair) -> _Prepared | Refusal:
+        settings = self.settings
+        try:
+            image = open_image(pair.image, settings.limits)
+        except Rejected as reject:
+            return Refusal(pair.key, reject.reason)
+        plain = to_square(image, settings.image_size, settings.resize)
+        others = (augment(image, pair.key, v, settings.image_size, settings.recipe) for v in range(1, settings.views))
+        return _Prepared(pair, torch.stack([torch.from_numpy(np.array(view)) for view in (plain, *others)]))
+
+    def _encode_batch(
+        self,
+        batch: list[_Prepared],
+        stored: list[Pair],
+        views: list[list[np.ndarray]],
+        rejects: dict[str, list[str]],
+    ) -> None:
+        keys = [item.pair.key for item in batch]
+        encoded = [self._encode_view(torch.stack([item.pixels[v] for item in batch]), keys) for v in range(len(views))]
+        finite = np.logical_and.reduce([np.isfinite(latents).all(axis=(1, 2, 3)) for latents in encoded])
+        for item in (item for item, good in zip(batch, finite, strict=True) if not good):
+            rejects.setdefault(Reason.LATENT_NOT_FINITE, []).append(item.pair.key)
+        stored.extend(item.pair for item, good in zip(batch, finite, strict=True) if good)
+        for view, latents in zip(views, encoded, strict=True):
+            view.append(latents[finite])
+
+    def _encode_view(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
+        """(n, size, size, 3) uint8 -> (n, c, h, w) float16; padded to the batch size with the last image."""
+        missing = self.settings.batch_size - len(pixels)
+        padded = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]) if missing else pixels
+        images = padded.permute(0, 3, 1, 2).to(self.codec.device).float() / 127.5 - 1
+        latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind)
+        with np.errstate(over="ignore"):  # what overflows fp16 becomes infinite and is rejected
+            return latents[: len(keys)].float().cpu().numpy().astype(np.float16)
+
+    def _publish(
+        self,
+        shard: PairShard,
+        planned: int,
+        stored: list[Pair],
+        views: list[list[np.ndarray]],
+        rejects: dict[str, list[str]],
+    ) -> Record:
+        empty = np.zeros((0, *self.dataset.latent_shape), np.float16)
+        columns = {name: None for pair in stored for name in pair.metadata}  # keeps the order of appearance
+        rows = LatentRows(
+            keys=[pair.key for pair in stored],
+            captions=[pair.caption for pair in stored],
+            latents=[np.concatenate([empty, *view]) for view in views],
+            metadata={name: [pair.metadata.get(name) for pair in stored] for name in columns},
+        )
+        return write_shard(self.folder, self.dataset, rows, shard=shard, planned=planned, rejected_keys=rejects)
+
+
+def dataset_file(codec: Codec, settings: EncodeSettings) -> DatasetFile:
+    """The dataset file of latents that `codec` makes with `settings`."""
+    seed = settings.seed if settings.kind == "sample" else None
+    space = codec.space.with_storage(scaled=settings.scaled, kind=settings.kind, seed=seed)
+    grid = space.grid(settings.image_size)
+    channels = space.channels * (2 if settings.kind == "moments" else 1)
+    return DatasetFile.of(space, (channels, grid, grid), settings.preprocessing(), settings.container, settings.views)
+
+

@@ -1,0 +1,146 @@
+"""Latents into training: batches in the computed sample order, read ahead by a thread.
+
+    loader = LatentLoader(LatentDataset("latents/"), tokenizer, batch_size=256, seed=0)
+    for batch in loader.batches(start=0):
+        batch["latents"], batch["text"]
+
+Each batch is `{"latents": (b, c, h, w) float32, "text": (b, context) int64, "keys": list of b strings,
+"seeds": (b,) int64, "epoch": int}`; it depends on (seed, step, snapshot) alone, so `start` resumes exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
+from latentclip.latent_space import LatentSpace
+from latentclip.order import SampleOrder, mix
+from latentclip.shards import LatentRows
+
+Batch = dict[str, Any]
+READ_AHEAD = 4
+"""Batches prepared ahead of the training step."""
+
+
+class LatentLoader:
+    """Batches of latents and tokens for one of `world_size` ranks.
+
+    The global batch of `batch_size` pairs stands in the sample order; rank r takes its r-th part, so that the ranks'
+    parts together are the same batch at any world size. Of the stored views of a sample, the one that a batch holds
+    is chosen by (seed, epoch, key); with `views=False` it is always the plain one. Latents come out in the convention
+    of `space` (default: as stored).
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        window: int = 8,
+        views: bool = True,
+        space: LatentSpace | None = None,
+    ) -> None:
+        if batch_size % world_size:
+            raise UsageError(f"a batch of {batch_size} cannot be shared by {world_size} workers; use a multiple of it")
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.space = space or dataset.space
+        self.batch_size = batch_size
+        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.views = dataset.dataset.views if views else 1
+        self.order = SampleOrder([shard.rows for shard in dataset.shards], seed, window)
+        if batch_size > self.order.size:
+            raise UsageError(
+                f"a batch of {batch_size} is larger than the data set of {self.order.size} pairs; use a smaller batch size"
+            )
+        # This window and the next: the thread that reads ahead crosses from one into the other.
+        self._shard = lru_cache(maxsize=2 * window)(self._read)
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Batches from step `start` on, without end; closing the iterator ends its thread."""
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(READ_AHEAD)
+        closed = threading.Event()
+        reader = threading.Thread(target=self._fill, args=(ready, closed, start), name="latent-loader", daemon=True)
+        reader.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            reader.join()
+
+    def _fill(self, ready: queue.Queue[Batch | BaseException], closed: threading.Event, start: int) -> None:
+        step = start
+        while not closed.is_set():
+            try:
+                item: Batch | BaseException = self.batch(step)
+            except BaseException as error:  # raised where the batch is used
+                item = error
+            while not closed.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1
+
+    def positions(self, step: int) -> NDArray[np.int64]:
+        """Positions (batch_size,) of the global batch of a step."""
+        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the batch of one step."""
+        epochs, shards, rows = self.order.locate(self.positions(step)[self.part])
+        latents: NDArray[Any] | None = None
+        keys, captions = [""] * len(rows), [""] * len(rows)
+        seeds = np.zeros(len(rows), np.uint64)
+        for number in np.unique(shards):
+            inside = np.flatnonzero(shards == number)
+            stored, hashes = self._shard(int(number))
+            seeds[inside] = mix(self.seed, epochs[inside], hashes[rows[inside]])
+            views = seeds[inside] % np.uint64(self.views)
+            for place, row, view in zip(inside, rows[inside], views, strict=True):
+                keys[place], captions[place] = stored.keys[row], stored.captions[row]
+                if latents is None:
+                    latents = np.empty((len(rows), *stored.latents[0].shape[1:]), stored.latents[0].dtype)
+                latents[place] = stored.latents[view][row]
+        assert latents is not None
+        values = torch.from_numpy(latents.astype(np.float32))
+        return {
+            "latents": self.dataset.space.convert(values, self.space),
+            "text": self.tokenizer(captions),
+            "keys": keys,
+            "seeds": torch.from_numpy((seeds >> np.uint64(1)).astype(np.int64)),
+            "epoch": int(epochs[0]),
+        }
+
+    def _read(self, number: int) -> tuple[LatentRows, NDArray[np.uint64]]:
+        rows = self.dataset.read(number)
+        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in rows.keys)
+        return rows, np.frombuffer(digests, np.uint64)
+
+
+def keys_hash(keys: list[str]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of keys in order: names a batch in a log."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]

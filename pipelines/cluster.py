@@ -1,0 +1,102 @@
+"""Ray for a stage: join a running cluster, or start a local one and stop it again.
+
+A cluster is joined only through RAY_ADDRESS (which `ray job submit` sets) or `--ray-address`. Nothing else is looked
+for, so that a laptop's stray cluster is never used by accident.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import ray
+
+from latentclip.errors import UsageError
+
+LOCAL_OBJECT_STORE = 256 * 2**20
+"""Bytes of shared memory of a local cluster: only names and records cross it, never pixels or latents."""
+
+
+@contextmanager
+def cluster(address: str | None = None) -> Iterator[None]:
+    """Run a block with Ray connected; a cluster that this call started ends with it.
+
+    Nested calls share the outer connection. Raises UsageError if `address` cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # Logical CPUs: two training workers and their helpers must fit on two cores, where waiting is cheap.
+            cpus = max(8, os.cpu_count() or 1)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE,
+                **quiet,
+            )
+    except (ConnectionError, ValueError) as error:
+        raise UsageError(f"no Ray cluster answers at {address!r} ({error}); start one or unset RAY_ADDRESS") from None
+    try:
+        with _stopped_by(signal.SIGTERM):
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _stopped_by(number: int) -> Iterator[None]:
+    """Let a signal end the block as Ctrl-C does, so that both run the same clean-up."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def check_output(path: str) -> None:
+    """Refuse an output that would be lost or scattered; call it before any work.
+
+    Raises UsageError for a relative path inside a submitted job, whose working directory Ray deletes. Warns of a local path on
+    a cluster of several nodes, which is right only if all of them share it.
+    """
+    if "://" in path:
+        return
+    if not Path(path).is_absolute() and "working_dir_files" in Path.cwd().parts:
+        raise UsageError(
+            f"the output {path!r} is relative and would land in the job's temporary directory; give an absolute path or a URL"
+        )
+    if ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1:
+        warnings.warn(
+            f"the output {path!r} is a local path on a cluster of several nodes; it must be shared by all", stacklevel=2
+        )
+
+
+def run_program(program: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+    """Run a stage as a program: exit status 0 for done, 1 for incomplete, 2 for wrong input, 130 when interrupted."""
+    try:
+        status = program(sys.argv[1:] if arguments is None else arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command to go on", file=sys.stderr)
+        status = 130
+    sys.exit(status)

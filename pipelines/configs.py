@@ -1,0 +1,132 @@
+"""The configuration of each stage. One field, one flag: `--help` is made from these docstrings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from latentclip.augment import LatentAugmentation
+from latentclip.encode import EncodeSettings
+from latentclip.storage import Folder
+from latentclip.training import Optimisation
+
+Flat = tyro.conf.arg(name="")
+"""Shows the fields of a nested value as flags of their own."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Encode pair shards into latent shards."""
+
+    pairs: str
+    """Pair shards: a folder, a glob, a .txt file of one path or URL a line, or several separated by commas."""
+    latents: str
+    """Folder or URL for the latent shards."""
+    codec: str = "demo"
+    """Autoencoder: `demo` (packaged), a local directory in diffusers layout, or a hub name."""
+    settings: Annotated[EncodeSettings, Flat] = field(default_factory=EncodeSettings)
+    limit: int | None = None
+    """Encode only the first so many pairs."""
+    encoders: int | None = None
+    """Encoder actors; default: one for each GPU of the cluster, or one without GPUs."""
+    threads: int | None = None
+    """CPU threads of one encoder; default: its share of the machine's cores. It is part of "same input, same bytes"."""
+    ray_address: str | None = None
+    """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
+    dry_run: bool = False
+    """Print what would be done, and write nothing."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a Latent-CLIP on latent shards."""
+
+    latents: str
+    """Latent shards: a folder, a glob, a .txt file, or several separated by commas."""
+    run: str
+    """Folder of the run: checkpoints, logs, configuration."""
+    model: str = "Latent-ViT-B-8-512"
+    """Name of a model configuration, or the path of one as JSON."""
+    steps: int | None = None
+    """Steps to train for. Give this or `--max-minutes`."""
+    max_minutes: float | None = None
+    """Minutes to train for; the learning rate follows the clock."""
+    batch_size: int = 256
+    """Pairs in a batch, over all workers."""
+    optimisation: Annotated[Optimisation, Flat] = field(default_factory=Optimisation)
+    augmentation: LatentAugmentation | None = None
+    """Augmentation of the latents of a batch; None for none."""
+    views: bool = True
+    """Train on all stored views of an image, not only the plain one."""
+    seed: int = 0
+    """Seed of initial weights, order, views and every other random number."""
+    workers: int = 1
+    """Training workers, each with a GPU if the cluster has GPUs."""
+    threads: int | None = None
+    """CPU threads of one worker; default: its share of the machine's cores."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_steps: int = 10
+    """Steps between lines of the log."""
+    ray_address: str | None = None
+    """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
+    dry_run: bool = False
+    """Print what would be done, and write nothing."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge a checkpoint by retrieval and zero-shot classification."""
+
+    checkpoint: str
+    """Checkpoint folder, or the folder of a run (its newest good checkpoint)."""
+    latents: tuple[str, ...]
+    """Latent shards: a folder, a glob or a list. Several sets are given as NAME=FOLDER, and metrics are then by name."""
+    out: str
+    """Folder for metrics.json and report.html."""
+    label_column: str | None = None
+    """Metadata column with each image's class, for zero-shot classification."""
+    class_names: str | None = None
+    """File of class names, one a line; default: the labels that occur."""
+    templates: str | None = None
+    """File of caption templates with `{}` for the class, one a line; default: OpenAI's 80 for ImageNet."""
+    batch_size: int = 256
+    """Latents in one call of the model."""
+    seed: int = 0
+    """Seed of the bootstrap intervals and of the choice of pictures."""
+    ray_address: str | None = None
+    """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named set of values for all stages."""
+
+    description: str
+    encode: EncodeConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+
+Config = TypeVar("Config", EncodeConfig, TrainConfig, EvaluateConfig)
+
+
+def parse(defaults: Mapping[str, tuple[str, Config]], arguments: Sequence[str], program: str) -> tuple[str, Config]:
+    """Read `EXPERIMENT --flag value ...`; returns the experiment's name and its configuration with the overrides."""
+    config = tyro.extras.overridable_config_cli(
+        {name: (description, value) for name, (description, value) in defaults.items()},
+        args=list(arguments),
+        prog=program,
+    )
+    return arguments[0], config
+
+
+def write_config(folder: Folder, name: str, config: Any) -> None:
+    """Write the resolved configuration beside an output."""
+    folder.replace(name, (json.dumps(asdict(config), indent=2, default=str) + "\n").encode())

@@ -1,0 +1,47 @@
+"""How long a stage took: what differs from run to run, kept apart from records so that those stay the same."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from latentclip.storage import Folder
+
+
+class StageLog:
+    """A context that appends one entry to `OUT/{stage}.log.json`: start, seconds, samples, host, outcome."""
+
+    def __init__(self, folder: Folder, stage: str) -> None:
+        self.folder = folder
+        self.name = f"{stage}.log.json"
+        self.samples = 0
+
+    def __enter__(self) -> StageLog:
+        self.started = datetime.now(UTC)
+        self.clock = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if not self.samples and kind is None:
+            return  # a finished job that is run again writes nothing
+        entry = {
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self.clock, 3),
+            "samples": self.samples,
+            "host": platform.node(),
+            "outcome": kind.__name__ if kind else "done",
+        }
+        self.folder.replace(self.name, (json.dumps([*read_log(self.folder, self.name), entry], indent=1) + "\n").encode())
+
+
+def read_log(folder: Folder, name: str) -> list[dict[str, Any]]:
+    """The entries of a stage's log; none if there is no log."""
+    try:
+        entries: list[dict[str, Any]] = json.loads(folder.read(name))
+    except FileNotFoundError:
+        return []
+    return entries
