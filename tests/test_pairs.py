@@ -439,7 +439,7 @@ def test_what_img2dataset_writes_is_read(tmp_path: Path, image_server: str) -> N
     (tmp_path / "program.py").write_text(IMG2DATASET)
     command = [sys.executable, *(f"{tmp_path}/{name}" for name in ("program.py", "urls.csv", ""))]
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "no_proxy": "127.0.0.1"}
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment, cwd=tmp_path)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment, cwd=tmp_path)
     for url in ("webdataset/00000.tar", "parquet/00000.parquet"):
         items = list(PairShard(tmp_path / url))
         pairs = sorted((item for item in items if isinstance(item, Pair)), key=lambda pair: pair.key)
