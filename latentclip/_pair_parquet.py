@@ -1,0 +1,132 @@
+"""Parquet pairs: img2dataset's, Hugging Face's `image` struct, or any binary image column. Paths are never opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentclip._pair import Pair, PairColumns, Refusal, ShardUnreadable, check_key, make_pair, refuse
+from latentclip.rejects import Reason, Rejected
+
+_BATCH_ROWS = 32
+"""Rows decoded at a time: some megabytes, whatever the row groups' size."""
+
+
+def read_parquet(file: BinaryIO, stem: str, columns: PairColumns) -> Iterator[Pair | Refusal]:
+    """Yield one item a row. Without a key column the key is `{stem}-{row:09d}`.
+
+    Raises ShardUnreadable for what is no Parquet, a corrupt page (page checksums are verified where present), or
+    a table without an image or a caption column.
+    """
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        rows = _Rows(parquet.schema_arrow, stem, columns)
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=rows.needed):
+            yield from rows.items(batch)
+    except ShardUnreadable:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardUnreadable(f"it is no sound Parquet file ({error})") from None
+
+
+class _Rows:
+    """Turns the rows of one schema's batches into items, one after the other."""
+
+    def __init__(self, schema: pa.Schema, stem: str, columns: PairColumns) -> None:
+        self.stem, self.columns = stem, columns
+        self.image = _pick(schema, columns.image, _is_image, "an image", "--image-columns")
+        self.caption = _pick(schema, columns.caption, _is_text, "a caption", "--caption-columns")
+        self.key = columns.key if columns.key in schema.names else None
+        taken = {self.image, self.caption, self.key}
+        self.metadata = [field.name for field in schema if field.name not in taken and not _holds_binary(field.type)]
+        self.needed = [name for name in schema.names if name in taken or name in self.metadata]
+        self.row = 0
+        self.seen: set[str] = set()
+
+    def items(self, batch: pa.RecordBatch) -> Iterator[Pair | Refusal]:
+        """Yield one item a row of the batch."""
+        values = dict(zip(batch.schema.names, batch.columns, strict=True))
+        for name in (self.key, self.caption):
+            if name and _is_text(values[name].type):
+                values[name] = _as_binary(values[name])
+        for i in range(batch.num_rows):
+            yield self._item({name: column[i] for name, column in values.items()})
+            self.row += 1
+
+    def _item(self, values: dict[str, pa.Scalar]) -> Pair | Refusal:
+        key = f"{self.stem}-{self.row:09d}"
+        try:
+            if self.key is not None:
+                key = _key(values[self.key].as_py(), key)
+            check_key(key)
+            if key in self.seen:
+                raise Rejected(Reason.DUPLICATE_KEY)
+            self.seen.add(key)
+            image = values[self.image].as_py()
+            image = image.get("bytes") if isinstance(image, dict) else image
+            caption = values[self.caption].as_py()
+            return make_pair(key, image, caption, self._metadata(values))
+        except Rejected as error:
+            return refuse(key, error.reason)
+
+    def _metadata(self, values: dict[str, pa.Scalar]) -> dict[str, Any]:
+        try:
+            columns = {name: values[name].as_py() for name in self.metadata}
+            return self.columns.metadata_only(columns, self.caption)
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # invalid UTF-8, a date beyond Python's
+            raise Rejected(Reason.METADATA_BROKEN, str(error)) from None
+
+
+def _pick(schema: pa.Schema, names: tuple[str, ...], fits: Any, what: str, option: str) -> str:
+    """The first of `names` that is in the schema with a fitting type; raises ShardUnreadable."""
+    for name in names:
+        if name in schema.names and fits(schema.field(schema.names.index(name)).type):
+            return name
+    found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise ShardUnreadable(f"it has no column of {what} among {', '.join(names)}; it has {found}: pass {option} NAME")
+
+
+def _key(value: Any, row_key: str) -> str:
+    """A key column's value as text; raises Rejected KEY_INVALID for null and for bytes that are not UTF-8."""
+    if value is None:
+        raise Rejected(Reason.KEY_INVALID, f"null in row {row_key}")
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return str(value)
+
+
+def _as_binary(column: pa.Array) -> pa.Array:
+    """A text column as bytes, since reading invalid UTF-8 as text would raise."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary())
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(
+        is_type(kind)
+        for is_type in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or _is_binary(kind)
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind.fields)
+    return _is_binary(kind)
+
+
+def _holds_binary(kind: pa.DataType) -> bool:
+    """Whether values of the type are, or contain, bytes: further images, not metadata."""
+    children = [kind.field(i).type for i in range(kind.num_fields)]
+    return _is_binary(kind) or any(map(_holds_binary, children))
