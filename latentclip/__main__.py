@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,10 @@ USAGE_ERROR = 3
 STATUS = {"complete": 0, "incomplete": 1, "corrupt": 2}
 
 
-def verify_command(latents: tyro.conf.Positional[str], pairs: str | None = None, json: bool = False) -> int:
+Latents = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LATENTS")]
+
+
+def verify_command(latents: Latents, pairs: str | None = None, json: bool = False) -> int:
     """Prove that no sample was lost: planned = stored + rejected + filtered + removed + pending.
 
     Exit status: 0 complete; 1 incomplete (samples pending, shards missing or unfinished, or the input truncated);

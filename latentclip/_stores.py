@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -134,6 +135,8 @@ class ObjectStore:
 
         try:
             yield
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", f"{self.url}/{name}") from None
         except BaseError as error:
             raise OSError(f"{self.url}/{name}: {_first_line(error)}") from error
 

@@ -74,6 +74,8 @@ def find_record(folder: Folder, shard: str, container: str) -> Record | None:
 
 def _record(data_file: str, generation: int, data: bytes, rows: LatentRows, outcome: Outcome) -> Record:
     """The record of these rows. Raises ConservationError if they are not what the outcome leaves to be stored."""
+    assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
+    assert all(np.isfinite(latents).all() for latents in rows.latents), f"NaN or Inf in shard {outcome.shard}"
     rejects = {str(reason): len(keys) for reason, keys in outcome.rejected_keys.items()}
     counts = Counts(outcome.planned, len(rows), sum(rejects.values()), len(outcome.filtered_keys))
     record = Record(
@@ -93,8 +95,6 @@ def _record(data_file: str, generation: int, data: bytes, rows: LatentRows, outc
         statistics=_statistics(rows.latents[0]),
     )
     record.check_conservation()
-    assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
-    assert all(np.isfinite(latents).all() for latents in rows.latents), f"NaN or Inf in shard {outcome.shard}"
     return record
 
 
@@ -112,6 +112,7 @@ def read_shard(
     *,
     columns: Sequence[str] | None = None,
     checksum: str | None = None,
+    size: int | None = None,
     dataset: DatasetFile | None = None,
 ) -> LatentRows:
     """Read a shard of either container.
@@ -120,6 +121,7 @@ def read_shard(
         url: path or URL of the data file.
         columns: which of `caption`, `latent`, `latent_1`, ... and the metadata to read; all by default. Keys always.
         checksum: SHA-256 of the whole file; checked before anything in it is used.
+        size: bytes of the whole file; checked likewise.
         dataset: what the shard must be of: latent space, latent shape, views.
 
     Raises:
@@ -131,6 +133,8 @@ def read_shard(
         data = folder.read(name)
     except FileNotFoundError:
         raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again") from None
+    if size is not None and len(data) != size:
+        raise ShardCorrupt(f"{url} holds {len(data)} bytes, its record says {size}; encode its shard again")
     if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
         raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from latentclip.errors import UsageError
 from latentclip.records import (
     DATASET_FILE,
     SUFFIXES,
@@ -147,17 +148,26 @@ def _count(report: Report, checked: _Checked) -> None:
 def _check(folder: Folder, dataset: DatasetFile, stem: str, record_file: str | None, source: str | None) -> _Checked:
     """Check one shard against its record and its pair shard, of which one may be missing."""
     if record_file is None:
-        assert source is not None
-        keys, _, truncated = _planned_keys(source)
-        return _Checked(stem, pending=keys.total(), truncated=truncated)
+        return _check_pending(stem, source)
     record = None
     try:
         record = Record.read(folder, record_file)
-        rows = read_shard(folder.path(record.data), checksum=record.sha256, dataset=dataset)
+        url = folder.path(record.data)
+        rows = read_shard(url, checksum=record.sha256, size=record.bytes, dataset=dataset)
         problem = _problem(record, rows, folder) or (_source_problem(record, rows, source) if source else "")
-    except (ShardCorrupt, FileNotFoundError) as error:
+    except (UsageError, FileNotFoundError) as error:
         problem = str(error)
     return _Checked(stem, record, problem)
+
+
+def _check_pending(stem: str, source: str | None) -> _Checked:
+    """Count the samples of a pair shard that was not encoded; one that cannot be read at all counts as truncated."""
+    assert source is not None
+    try:
+        keys, _, truncated = _planned_keys(source)
+    except UsageError:
+        return _Checked(stem, truncated=True)
+    return _Checked(stem, pending=keys.total(), truncated=truncated)
 
 
 def _problem(record: Record, rows: LatentRows, folder: Folder) -> str:
@@ -189,5 +199,5 @@ def _planned_keys(source: str) -> tuple[Counter[str], int, bool]:
     from latentclip.pairs import PairShard
 
     shard = PairShard(source)
-    keys = Counter(shard.keys())
+    keys = Counter(item.key for item in shard)
     return keys, shard.size, shard.truncated
