@@ -1,0 +1,191 @@
+"""The three kinds of place a folder can be: a local disk, an object store, or any file system fsspec knows."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from latentclip.errors import UsageError
+
+_OBJECT_STORES = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"}
+_STAGED = ".staging-"
+
+
+class Store(Protocol):
+    """What a place must do to hold shards. `write` returns False if the name was taken and `overwrite` is False."""
+
+    def names(self) -> list[str]: ...
+    def exists(self, name: str) -> bool: ...
+    def read(self, name: str) -> bytes: ...
+    def write(self, name: str, data: bytes, overwrite: bool) -> bool: ...
+    def delete(self, name: str) -> None: ...
+
+
+class LocalStore:
+    """obstore's own local store neither syncs what it links nor accepts a folder that does not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        try:
+            with os.scandir(self.path) as entries:
+                return [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(_STAGED)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes, overwrite: bool) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        staged = self.path / f"{_STAGED}{uuid.uuid4().hex}"
+        try:
+            self._write_synced(staged, data)
+            if overwrite:
+                staged.replace(self.path / name)
+            else:
+                os.link(staged, self.path / name)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
+        finally:
+            staged.unlink(missing_ok=True)
+        self._sync_folder()
+        return True
+
+    def _write_synced(self, path: Path, data: bytes) -> None:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+
+class ObjectStore:
+    """S3, Google Cloud Storage, Azure or HTTP.
+
+    A request may take obstore's 30 s, and no retry starts after 25 s, so a store that hangs is an error within a
+    minute. `AWS_TIMEOUT=5m` gives slow links longer.
+    """
+
+    def __init__(self, url: str) -> None:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+
+        self.url = url
+        try:
+            self.store = from_url(url, retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=25)})
+        except BaseError as error:
+            raise UsageError(f"{url} cannot be opened ({_first_line(error)}); check the URL") from None
+
+    def names(self) -> list[str]:
+        with self._named(""):
+            return [entry["path"] for entry in self.store.list_with_delimiter()["objects"]]
+
+    def exists(self, name: str) -> bool:
+        with self._named(name):
+            try:
+                self.store.head(name)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def read(self, name: str) -> bytes:
+        with self._named(name):
+            return bytes(self.store.get(name).bytes())
+
+    def write(self, name: str, data: bytes, overwrite: bool) -> bool:
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        with self._named(name):
+            try:
+                self.store.put(name, data, mode="overwrite" if overwrite else "create", use_multipart=False)
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            return True
+
+    def delete(self, name: str) -> None:
+        with self._named(name), suppress(FileNotFoundError):
+            self.store.delete(name)
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", f"{self.url}/{name}") from None
+        except BaseError as error:
+            raise OSError(f"{self.url}/{name}: {_first_line(error)}") from error
+
+
+class OtherStore:
+    """Any file system fsspec knows. Creating is only as atomic as that file system's own exclusive create."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs
+
+        try:
+            self.fs, self.root = url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"{url} cannot be opened ({_first_line(error)}); check the URL") from None
+
+    def names(self) -> list[str]:
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.root, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.isfile(f"{self.root}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+
+    def write(self, name: str, data: bytes, overwrite: bool) -> bool:
+        self.fs.makedirs(self.root, exist_ok=True)
+        try:
+            self.fs.pipe_file(f"{self.root}/{name}", data, mode="overwrite" if overwrite else "create")
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, name: str) -> None:
+        if self.exists(name):
+            self.fs.rm_file(f"{self.root}/{name}")
+
+
+def open_store(url: str) -> Store:
+    """The store at a local path or URL; raises UsageError if nothing can open it."""
+    scheme = urlsplit(url).scheme if "://" in url else ""
+    if scheme in ("", "file"):
+        return LocalStore(Path(unquote(urlsplit(url).path) if scheme else url))
+    return ObjectStore(url) if scheme in _OBJECT_STORES else OtherStore(url)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

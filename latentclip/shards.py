@@ -1,0 +1,147 @@
+"""Latent shards in a folder: published with their record so that a killed writer, or two of them, do no harm."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latentclip.containers import LatentRows, parse, serialise
+from latentclip.records import (
+    SUFFIXES,
+    Counts,
+    DatasetFile,
+    Input,
+    Outcome,
+    Record,
+    ShardCorrupt,
+    data_name,
+    differences,
+    finished,
+    keys_digest,
+    record_name,
+)
+from latentclip.storage import Folder, locate
+
+__all__ = [
+    "Input",
+    "LatentRows",
+    "Outcome",
+    "Record",
+    "ShardCorrupt",
+    "find_record",
+    "finished",
+    "read_shard",
+    "serialise",
+    "write_shard",
+]
+
+
+def write_shard(folder: Folder, dataset: DatasetFile, rows: LatentRows, outcome: Outcome) -> Record:
+    """Publish one shard, the data file first and its record last, and return the record that counts.
+
+    May be interrupted and repeated anywhere. A shard that has a record is left alone. A data file without a record is
+    adopted if it holds these bytes; else its writer died or works elsewhere, and the next generation is published.
+
+    Raises:
+        ConservationError: rows and rejects are not what was planned; nothing is written.
+        UsageError: the shard's name cannot be used; nothing is written.
+    """
+    data = serialise(rows, dataset)
+    for generation in itertools.count():
+        if existing := find_record(folder, outcome.shard, dataset.container):
+            return existing
+        record = _record(data_name(outcome.shard, generation, dataset.container), generation, data, rows, outcome)
+        if folder.create(record.data, data):
+            return record if record.publish(folder) else Record.read(folder, record.name)
+    raise AssertionError("unreachable")
+
+
+def find_record(folder: Folder, shard: str, container: str) -> Record | None:
+    """The newest record of one shard, or None, without listing the folder."""
+    newest = None
+    for generation in itertools.count():
+        try:
+            newest = Record.read(folder, record_name(shard, generation))
+        except FileNotFoundError:
+            if not folder.exists(data_name(shard, generation, container)):
+                break
+    return newest
+
+
+def _record(data_file: str, generation: int, data: bytes, rows: LatentRows, outcome: Outcome) -> Record:
+    """The record of these rows. Raises ConservationError if they are not what the outcome leaves to be stored."""
+    assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
+    assert all(np.isfinite(latents).all() for latents in rows.latents), f"NaN or Inf in shard {outcome.shard}"
+    rejects = {str(reason): len(keys) for reason, keys in outcome.rejected_keys.items()}
+    counts = Counts(outcome.planned, len(rows), sum(rejects.values()), len(outcome.filtered_keys))
+    record = Record(
+        shard=outcome.shard,
+        data=data_file,
+        generation=generation,
+        input=outcome.input,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        keys_sha256=keys_digest(rows.keys),
+        counts=counts,
+        rejects=rejects,
+        rejected_keys={str(reason): list(keys) for reason, keys in outcome.rejected_keys.items()},
+        filtered_keys=list(outcome.filtered_keys),
+        removed_keys=[],
+        truncated=outcome.truncated,
+        statistics=_statistics(rows.latents[0]),
+    )
+    record.check_conservation()
+    return record
+
+
+def _statistics(latents: np.ndarray) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel of (n, c, h, w) latents."""
+    if not len(latents):
+        return {"channel_mean": [], "channel_std": []}
+    axes = (0, 2, 3)
+    mean = latents.mean(axes, dtype=np.float64)
+    return {"channel_mean": mean.tolist(), "channel_std": latents.std(axes, dtype=np.float64).tolist()}
+
+
+def read_shard(
+    url: str | Path,
+    *,
+    columns: Sequence[str] | None = None,
+    checksum: str | None = None,
+    size: int | None = None,
+    dataset: DatasetFile | None = None,
+) -> LatentRows:
+    """Read a shard of either container.
+
+    Args:
+        url: path or URL of the data file.
+        columns: which of `caption`, `latent`, `latent_1`, ... and the metadata to read; all by default. Keys always.
+        checksum: SHA-256 of the whole file; checked before anything in it is used.
+        size: bytes of the whole file; checked likewise.
+        dataset: what the shard must be of: latent space, latent shape, views.
+
+    Raises:
+        ShardCorrupt: missing, changed, or not of this dataset; the message names the shard.
+    """
+    folder, name = locate(url)
+    container = next((container for container, suffix in SUFFIXES.items() if name.endswith(suffix)), "parquet")
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again") from None
+    if size is not None and len(data) != size:
+        raise ShardCorrupt(f"{url} holds {len(data)} bytes, its record says {size}; encode its shard again")
+    if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
+        raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
+    try:
+        rows, header = parse(data, container, columns)
+    except Exception as error:  # parsers of broken bytes raise anything
+        raise ShardCorrupt(f"{url} is no latent shard ({error}); encode its shard again") from error
+    if dataset is not None and header != dataset.header():
+        difference = differences(header, dataset.header())
+        raise ShardCorrupt(f"{url} is not of its dataset.json: {difference}; encode its shard again")
+    return rows

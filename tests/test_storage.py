@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from latentclip.errors import UsageError
+from latentclip.storage import Folder, list_shards, locate, read_bytes, shard_stem
+
+SUFFIXES = (".tar", ".parquet")
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    local = tmp_path / "a spåce" / "deep"
+    urls = {"local": local, "file": local.as_uri(), "memory": f"memory://{uuid.uuid4().hex}/deep"}
+    return Folder(urls[request.param])
+
+
+def test_folder_creates_only_what_is_absent(folder: Folder) -> None:
+    assert folder.names() == []
+    assert folder.create("ü 1%20#.bin", b"one")
+    assert folder.create("ü 1%20#.bin", b"one"), "equal bytes are our own lost acknowledgement"
+    assert not folder.create("ü 1%20#.bin", b"two")
+    assert folder.create("a.bin", b"")
+    assert folder.names() == ["a.bin", "ü 1%20#.bin"]
+    assert folder.read("ü 1%20#.bin") == b"one"
+    assert folder.exists("a.bin")
+    assert read_bytes(folder.path("a.bin")) == b""
+
+
+def test_folder_replaces_and_deletes(folder: Folder) -> None:
+    folder.replace("log", b"one")
+    folder.replace("log", b"two")
+    assert folder.read("log") == b"two"
+    folder.delete("log")
+    folder.delete("log")
+    assert not folder.exists("log")
+    with pytest.raises(FileNotFoundError):
+        folder.read("log")
+
+
+def test_folder_travels_to_another_process(tmp_path: Path) -> None:
+    folder = pickle.loads(pickle.dumps(Folder(tmp_path)))
+    assert folder.create("a", b"1")
+    assert folder.is_local
+    assert folder.url == str(tmp_path)
+
+
+def test_one_of_many_concurrent_writers_wins(tmp_path: Path) -> None:
+    contents = [bytes([index]) * 100_000 for index in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda data: Folder(tmp_path).create("shard", data), contents))
+    assert won.count(True) == 1
+    assert Folder(tmp_path).read("shard") == contents[won.index(True)]
+    assert os.listdir(tmp_path) == ["shard"]
+
+
+def test_failed_write_leaves_nothing_and_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full name") as error:
+        Folder(tmp_path).create("full name" + "x" * 300, b"data")
+    assert error.value.errno == errno.ENAMETOOLONG
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_scheme_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="nosuch://x"):
+        Folder("nosuch://x")
+
+
+def test_locate_splits_paths_and_urls(tmp_path: Path) -> None:
+    assert locate("a.tar")[0].url == "."
+    assert locate("/a.tar")[0].url == "/"
+    folder, name = locate((tmp_path / "é b.tar").as_uri())
+    assert (folder.url, name) == (str(tmp_path), "é b.tar")
+
+
+def test_stem_keeps_dots() -> None:
+    assert shard_stem("memory://a/part.0001.tar", SUFFIXES) == "part.0001"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    names = ["00001.tar", "00000.tar", "00000_stats.json", "_odd.tar", ".hidden.tar", "x,y.parquet", "00000.json"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def test_list_shards_reads_folders_patterns_and_lists(shards: Path) -> None:
+    def names(source: str | Path) -> list[str]:
+        found = list_shards(source, SUFFIXES)
+        assert all(Path(path).is_file() for path in found)
+        return [Path(path).name for path in found]
+
+    assert names(shards) == ["00000.tar", "00001.tar", "x,y.parquet"]
+    assert names(f"{shards}/0000[1-9].tar") == ["00001.tar"]
+    assert names(shards / "x,y.parquet") == ["x,y.parquet"]
+    assert names(f"{shards}/00001.tar, {shards}/00000.tar") == ["00000.tar", "00001.tar"]
+    assert names(f"{shards}/{{00000..00001}}.tar") == ["00000.tar", "00001.tar"]
+    (shards / "list.txt").write_text(f"{shards}/00001.tar\n\n{shards}/x,y.parquet\n")
+    assert names(shards / "list.txt") == ["00001.tar", "x,y.parquet"]
+
+
+def test_list_shards_reads_urls() -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    for name in ("b.tar", "a.tar", "c.json"):
+        Folder(url).create(name, b"x")
+    assert list_shards(url, SUFFIXES) == [f"{url}/a.tar", f"{url}/b.tar"]
+    assert list_shards(f"{url}/b*", SUFFIXES) == [f"{url}/b.tar"]
+    assert list_shards(f"{url}/b.tar,{url}/a.tar", SUFFIXES) == [f"{url}/a.tar", f"{url}/b.tar"]
+    with pytest.raises(UsageError, match=r"z\.tar does not exist"):
+        list_shards(f"{url}/z.tar", SUFFIXES)
+
+
+@pytest.mark.parametrize("source", ["absent", "absent.tar", "absent.txt", "0000[7-9].tar", "empty"])
+def test_list_shards_refuses_what_is_not_there(shards: Path, source: str) -> None:
+    (shards / "empty").mkdir()
+    with pytest.raises(UsageError, match=source[:5].replace("[", r"\[")):
+        list_shards(f"{shards}/{source}", SUFFIXES)
+
+
+def test_list_shards_refuses_two_of_one_stem(shards: Path) -> None:
+    (shards / "00001.parquet").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"00001\.parquet and .*00001\.tar are two shards of one name"):
+        list_shards(shards, SUFFIXES)
