@@ -56,11 +56,10 @@ class Loaded:
         if space is not None:
             space.require_same_encoder(self.space, mine="the input", theirs=f"the checkpoint {self.path}")
             latents = space.convert(latents, self.space)
-        expected = (self.space.channels, self.grid, self.grid)
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
-            raise UsageError(
-                f"latents are {tuple(latents.shape)}, but the checkpoint {self.path} reads (b, *{expected})"
-            )
+        channels, grid = self.space.channels, self.grid
+        if latents.ndim != 4 or latents.shape[1:] != (channels, grid, grid):
+            shapes = f"{tuple(latents.shape)}, but the checkpoint {self.path} reads (b, {channels}, {grid}, {grid})"
+            raise UsageError(f"the latents are {shapes}; give latents of that shape, channels before rows and columns")
         return self.model.encode_image(latents.to(self.device, torch.float32), normalize=True)
 
     def encode_images(self, images: Sequence[Image.Image | str | Path], codec: Codec | None = None) -> Tensor:

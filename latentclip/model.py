@@ -96,7 +96,7 @@ def build_model(
             model.visual.conv1 = _with(model.visual.conv1, in_channels=space.channels)
     except UsageError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OSError) as error:
+    except Exception as error:  # open_clip and timm raise nearly anything for a config that makes no sense
         raise UsageError(
             f"the model config cannot be built ({error}); compare it with latentclip/model_configs"
         ) from error
@@ -117,7 +117,7 @@ class TimmTower(TimmModel):
         if not timm.is_model(name) or _LOADS_FILES & set(arguments):
             raise UsageError(f"timm has no model {name!r}, or its timm_model_args load files; see timm.list_models()")
         self.image_size = (grid, grid)
-        self.trunk: Any = timm.create_model(
+        self.trunk = timm.create_model(
             name, num_classes=0, in_chans=channels, global_pool=vision.get("timm_pool", "avg"), **arguments
         )
         if stem := vision.get("timm_stem"):
@@ -125,13 +125,14 @@ class TimmTower(TimmModel):
             self.trunk.conv1 = _with(self.trunk.conv1, kernel_size=size, stride=stem["stride"], padding=size // 2)
             self.trunk.maxpool = self.trunk.maxpool if stem["pool"] else nn.Identity()
         dropout = nn.Dropout(vision.get("timm_drop", 0.0))
-        projection = nn.Linear(self.trunk.num_features, embed_dim, bias=vision.get("timm_proj_bias", False))
+        width: Any = self.trunk.num_features
+        projection = nn.Linear(width, embed_dim, bias=vision.get("timm_proj_bias", False))
         self.head = nn.Sequential(OrderedDict(drop=dropout, proj=projection))
 
 
 def _read(name: str | Path) -> Config:
     path = Path(name) if str(name).endswith(".json") else _CONFIGS / f"{name}.json"
-    if path.parent == _CONFIGS and path.stem not in model_names():
+    if not str(name).endswith(".json") and name not in model_names():
         raise UsageError(f"there is no model {name}; choose one of {', '.join(model_names())}, or give a JSON file")
     try:
         return json.loads(path.read_bytes())

@@ -126,6 +126,10 @@ def load_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Tokeni
     return Tokenizer(SimpleTokenizer(str(bpe), context_length=context_length), {_BPE: bpe.read_bytes()})
 
 
+def _forget(encoder: FrozenTextEncoder, _: Any) -> None:
+    encoder.forget()
+
+
 class FrozenTextEncoder(nn.Module):
     """open_clip's HFTextEncoder with a frozen transformer: same weights, names and output, in a fraction of the time.
 
@@ -141,7 +145,7 @@ class FrozenTextEncoder(nn.Module):
         self.context_length, self.vocab_size = tower.context_length, tower.vocab_size
         self.transformer, self.pooler, self.proj = tower.transformer, tower.pooler, tower.proj
         self.transformer.requires_grad_(False).eval()
-        self.register_load_state_dict_post_hook(lambda module, _: module.forget())
+        self.register_load_state_dict_post_hook(_forget)
         self.forget()
 
     def forward(self, tokens: Tensor) -> Tensor:

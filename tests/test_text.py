@@ -102,18 +102,14 @@ def test_frozen_tower_equals_open_clips(projection: str, tokenizer: Tokenizer) -
 
 @needs_minilm
 def test_a_caption_has_one_vector_to_the_bit(tower: HFTextEncoder, tokenizer: Tokenizer) -> None:
-    captions = [f"{'very ' * (n % 23)}number {n}" for n in range(100)]
-    together = FrozenTextEncoder(tower)(tokenizer(captions))
+    captions = [f"{'very ' * (n % 11)}number {n}" for n in range(40)]
     frozen = FrozenTextEncoder(tower)
-    for rows in ([70], [3, 3, 99], list(range(0, 100, 7)), list(range(99, -1, -1))):
-        assert torch.equal(
-            frozen._pooled(tokenizer([captions[row] for row in rows])), frozen._pooled(tokenizer(captions))[rows]
-        )
+    together = frozen._pooled(tokenizer(captions))
+    for rows in ([31], [3, 3, 39], list(range(39, -1, -1))):
+        some = tokenizer([captions[row] for row in rows])
+        assert torch.equal(frozen._pooled(some), together[rows])
         frozen.forget()
-        alone = frozen._pooled(tokenizer([captions[row] for row in rows]))
-        frozen.forget()
-        assert torch.equal(alone, frozen._pooled(tokenizer(captions))[rows])
-    torch.testing.assert_close(frozen(tokenizer(captions)), together)
+        assert torch.equal(frozen._pooled(some), together[rows])
 
 
 @needs_minilm
@@ -151,7 +147,7 @@ def test_new_weights_and_types_drop_kept_vectors(tower: HFTextEncoder, tokenizer
     assert not torch.allclose(frozen(tokenizer(["a cat"])), before)
     frozen.load_state_dict(weights)
     assert torch.equal(frozen(tokenizer(["a cat"])), before)
-    assert frozen.to(torch.bfloat16)(tokenizer(["a cat"])).dtype == torch.bfloat16
+    assert frozen.double()(tokenizer(["a cat"])).dtype == torch.float64
     tower.float()
 
 
