@@ -92,7 +92,7 @@ def _window(image: Image.Image, side: int, recipe: ViewRecipe, rng: np.random.Ge
     """A randomly placed, turned and mirrored window of the image, antialiased to side x side pixels."""
     aspect = np.exp(rng.uniform(*np.log(recipe.aspect)))
     area = rng.uniform(*recipe.area) * image.width * image.height
-    box = [round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))]
+    box = [max(1, round(length)) for length in (np.sqrt(area * aspect), np.sqrt(area / aspect))]
     if recipe.area[1] <= 1:
         box = [min(box[0], image.width), min(box[1], image.height)]
     left, top = (round(rng.uniform() * (whole - part)) for whole, part in zip(image.size, box, strict=True))
