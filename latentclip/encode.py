@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from latentclip.codec import Codec
-from latentclip.images import ImageLimits, open_image, to_square
+from latentclip.images import ImageLimits, Mode, open_image, to_square
 from latentclip.latent_space import Kind
+from latentclip.order import key_words, mix
 from latentclip.pairs import Pair, PairColumns, PairShard, Refusal
-from latentclip.records import DatasetFile, Record
+from latentclip.records import DatasetFile, Input, Outcome, Record
 from latentclip.rejects import Reason, Rejected
 from latentclip.shards import LatentRows, write_shard
 from latentclip.storage import Folder
@@ -38,7 +40,7 @@ class EncodeSettings:
 
     image_size: int = 512
     """Side of the square image that is encoded, in pixels."""
-    resize: Literal["crop", "pad"] = "crop"
+    resize: Mode = "crop"
     """Shorter side to the image size and centre crop, or longer side and white padding."""
     views: int = 1
     """Latents stored of each image: the plain one, and augmented ones by `recipe`."""
@@ -61,11 +63,9 @@ class EncodeSettings:
 
     def preprocessing(self) -> dict[str, Any]:
         """What the dataset file says of the way from pixels to latents."""
-        values = asdict(self)
-        recipe = values.pop("recipe") if self.views > 1 else values.pop("recipe") and None
-        for name in ("container", "kind", "scaled", "columns"):
-            del values[name]
-        return {**values, "recipe": recipe}
+        names = ("image_size", "resize", "batch_size", "limits", "columns")
+        values = {name: value for name, value in asdict(self).items() if name in names}
+        return {**values, "recipe": asdict(self.recipe) if self.views > 1 else None}
 
 
 @dataclass
@@ -153,9 +153,10 @@ class ShardEncoder:
     def _encode_view(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
         """(n, size, size, 3) uint8 -> (n, c, h, w) float16; padded to the batch size with the last image."""
         missing = self.settings.batch_size - len(pixels)
+        seeds = sample_seeds(self.settings.seed, keys, missing) if self.settings.kind == "sample" else None
         padded = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]) if missing else pixels
         images = padded.permute(0, 3, 1, 2).to(self.codec.device).float() / 127.5 - 1
-        latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind)
+        latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind, seeds=seeds)
         with np.errstate(over="ignore"):  # what overflows fp16 becomes infinite and is rejected
             return latents[: len(keys)].float().cpu().numpy().astype(np.float16)
 
@@ -168,22 +169,35 @@ class ShardEncoder:
         rejects: dict[str, list[str]],
     ) -> Record:
         empty = np.zeros((0, *self.dataset.latent_shape), np.float16)
-        columns = {name: None for pair in stored for name in pair.metadata}  # keeps the order of appearance
+        columns = {name: None for pair in stored for name in pair.metadata}  # a dict keeps the order of appearance
         rows = LatentRows(
             keys=[pair.key for pair in stored],
             captions=[pair.caption for pair in stored],
             latents=[np.concatenate([empty, *view]) for view in views],
             metadata={name: [pair.metadata.get(name) for pair in stored] for name in columns},
         )
-        return write_shard(self.folder, self.dataset, rows, shard=shard, planned=planned, rejected_keys=rejects)
+        outcome = Outcome(shard.stem, Input(shard.name, shard.size), planned, rejects, truncated=shard.truncated)
+        return write_shard(self.folder, self.dataset, rows, outcome)
+
+
+def sample_seeds(seed: int, keys: list[str], padding: int = 0) -> list[int]:
+    """One seed a key for a posterior's sample, and zeros for `padding` rows."""
+    return [int(word >> np.uint64(1)) for word in mix(seed, key_words(keys))] + [0] * padding
 
 
 def dataset_file(codec: Codec, settings: EncodeSettings) -> DatasetFile:
-    """The dataset file of latents that `codec` makes with `settings`."""
+    """The dataset file of latents that `codec` makes with `settings`.
+
+    Raises UsageError if the image size is no multiple of the codec's factor.
+    """
     seed = settings.seed if settings.kind == "sample" else None
     space = codec.space.with_storage(scaled=settings.scaled, kind=settings.kind, seed=seed)
     grid = space.grid(settings.image_size)
-    channels = space.channels * (2 if settings.kind == "moments" else 1)
-    return DatasetFile.of(space, (channels, grid, grid), settings.preprocessing(), settings.container, settings.views)
-
-
+    return DatasetFile(
+        latent_space=space,
+        latent_shape=(space.channels * (2 if settings.kind == "moments" else 1), grid, grid),
+        preprocessing=settings.preprocessing(),
+        container=settings.container,
+        views=settings.views,
+        software={name: version(name) for name in ("latentclip", "torch", "diffusers", "pillow", "numpy")},
+    )

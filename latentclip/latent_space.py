@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentclip.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `verify` needs none of it
+    from torch import Tensor
 
 Kind = Literal["mean", "sample", "moments"]
 

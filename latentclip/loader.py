@@ -25,7 +25,7 @@ from torch import Tensor
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
-from latentclip.order import SampleOrder, mix
+from latentclip.order import SampleOrder, key_words, mix
 from latentclip.shards import LatentRows
 
 Batch = dict[str, Any]
@@ -38,8 +38,8 @@ class LatentLoader:
 
     The global batch of `batch_size` pairs stands in the sample order; rank r takes its r-th part, so that the ranks'
     parts together are the same batch at any world size. Of the stored views of a sample, the one that a batch holds
-    is chosen by (seed, epoch, key); with `views=False` it is always the plain one. Latents come out in the convention
-    of `space` (default: as stored).
+    is chosen by (seed, epoch, key): the plain one with probability `plain_share`, else any of them. Latents come out in
+    the convention of `space` (default: as stored).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LatentLoader:
         rank: int = 0,
         world_size: int = 1,
         window: int = 8,
-        views: bool = True,
+        plain_share: float = 0.0,
         space: LatentSpace | None = None,
     ) -> None:
         if batch_size % world_size:
@@ -63,7 +63,8 @@ class LatentLoader:
         self.space = space or dataset.space
         self.batch_size = batch_size
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.views = dataset.dataset.views if views else 1
+        self.views = dataset.dataset.views
+        self.plain_share = plain_share
         self.order = SampleOrder([shard.rows for shard in dataset.shards], seed, window)
         if batch_size > self.order.size:
             raise UsageError(
@@ -119,7 +120,7 @@ class LatentLoader:
             inside = np.flatnonzero(shards == number)
             stored, hashes = self._shard(int(number))
             seeds[inside] = mix(self.seed, epochs[inside], hashes[rows[inside]])
-            views = seeds[inside] % np.uint64(self.views)
+            views = self._views(seeds[inside])
             for place, row, view in zip(inside, rows[inside], views, strict=True):
                 keys[place], captions[place] = stored.keys[row], stored.captions[row]
                 if latents is None:
@@ -135,10 +136,15 @@ class LatentLoader:
             "epoch": int(epochs[0]),
         }
 
+    def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """The view (n,) of samples with these seeds (n,)."""
+        share = (seeds >> np.uint64(32)) / 2.0**32
+        any_view = (seeds & np.uint64(0xFFFFFFFF)) % np.uint64(self.views)
+        return np.where(share < self.plain_share, 0, any_view).astype(np.int64)
+
     def _read(self, number: int) -> tuple[LatentRows, NDArray[np.uint64]]:
         rows = self.dataset.read(number)
-        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in rows.keys)
-        return rows, np.frombuffer(digests, np.uint64)
+        return rows, key_words(rows.keys)
 
 
 def keys_hash(keys: list[str]) -> str:

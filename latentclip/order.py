@@ -7,6 +7,7 @@ permuted together; so a reader holds one window in memory and shuffles over the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -31,6 +32,12 @@ def mix(*values: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return np.asarray(state)
+
+
+def key_words(keys: Sequence[str]) -> NDArray[np.uint64]:
+    """One 64-bit word (n,) for each key: the first bytes of its BLAKE2b."""
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 class SampleOrder:

@@ -60,8 +60,8 @@ class TrainConfig:
     optimisation: Annotated[Optimisation, Flat] = field(default_factory=Optimisation)
     augmentation: LatentAugmentation | None = None
     """Augmentation of the latents of a batch; None for none."""
-    views: bool = True
-    """Train on all stored views of an image, not only the plain one."""
+    plain_share: float = 0.0
+    """Probability of training on an image's plain view instead of any of its stored views."""
     seed: int = 0
     """Seed of initial weights, order, views and every other random number."""
     workers: int = 1

@@ -23,16 +23,13 @@ from tqdm import tqdm
 
 from latentclip.codec import load_codec
 from latentclip.encode import ShardEncoder, dataset_file
-from latentclip.errors import UsageError
-from latentclip.pairs import PairShard, ShardUnreadable
+from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
 from latentclip.shards import finished
 from latentclip.storage import Folder, list_shards
 from pipelines.cluster import check_output, cluster, run_program
 from pipelines.configs import EncodeConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
-
-PAIR_SUFFIXES = (".tar", ".parquet")
 
 
 class Encoder:
@@ -56,32 +53,32 @@ class Encoder:
         except ShardUnreadable as error:
             return {"shard": url, "planned": 0, "stored": 0, "rejected": 0, "problem": str(error)}
         problem = f"{Path(url).name} is cut off; what could be read is stored" if record.truncated else ""
-        counts = {name: record.counts[name] for name in ("planned", "stored", "rejected")}
+        counts = {name: getattr(record.counts, name) for name in ("planned", "stored", "rejected")}
         return {"shard": url, **counts, "problem": problem}
 
 
-def share_limit(shards: list[str], limit: int | None) -> Iterator[tuple[str, int]]:
+def share_limit(shards: list[str], limit: int | None, columns: PairColumns) -> Iterator[tuple[str, int]]:
     """Each shard with how many of its pairs to encode; -1 for all."""
     left = limit
     for url in shards:
         if left is None:
             yield url, -1
         elif left > 0:
-            count = sum(1 for _ in PairShard(url).keys())  # noqa: SIM118 - not a dict
+            count = sum(1 for _ in PairShard(url, columns))
             yield url, min(left, count)
             left -= min(left, count)
 
 
 def remaining(config: EncodeConfig) -> tuple[list[tuple[str, int]], int]:
     """The shards without a record, each with its limit, and how many have one."""
-    shards = list_shards(config.pairs, PAIR_SUFFIXES)
+    shards = list_shards(config.pairs, SUFFIXES)
     done = finished(Folder(config.latents))
     todo = [url for url in shards if Path(url).stem not in done]
-    planned = dict(share_limit(shards, config.limit))
+    planned = dict(share_limit(shards, config.limit, config.settings.columns))
     return [(url, planned[url]) for url in todo if url in planned], len(shards) - len(todo)
 
 
-def pool_size(config: EncodeConfig) -> tuple[int, dict[str, float], int]:
+def pool_size(config: EncodeConfig) -> tuple[int, dict[str, Any], int]:
     """How many actors, what each asks of Ray, and the CPU threads of each."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = config.encoders or max(1, gpus)
@@ -111,17 +108,19 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     """The stage: encode what is not encoded yet; returns its counts and what went wrong."""
     todo, done = remaining(config)
     dataset = dataset_file(load_codec(config.codec), config.settings)
-    print(f"encode: {done} shards done, {len(todo)} to do, latents {dataset.latent_shape} of {dataset.space}", flush=True)
+    print(
+        f"encode: {done} shards done, {len(todo)} to do, latents {dataset.latent_shape} of {dataset.latent_space}", flush=True
+    )
     if config.dry_run:
         return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
     folder = Folder(config.latents)
     with cluster(config.ray_address), StageLog(folder, "encode") as log:
         check_output(config.latents)
         dataset.publish(folder)
-        write_config(folder, "encode.config.json", config)
         total: dict[str, Any] = {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
         if not todo:
             return total
+        write_config(folder, "encode.config.json", config)
         with tqdm(unit="pair", desc="encode", file=sys.stdout, mininterval=1) as progress:
             for number, result in enumerate(encode_shards(config, todo), 1):
                 for name in ("planned", "stored", "rejected"):

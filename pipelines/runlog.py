@@ -35,7 +35,9 @@ class StageLog:
             "host": platform.node(),
             "outcome": kind.__name__ if kind else "done",
         }
-        self.folder.replace(self.name, (json.dumps([*read_log(self.folder, self.name), entry], indent=1) + "\n").encode())
+        self.folder.replace(
+            self.name, (json.dumps([*read_log(self.folder, self.name), entry], indent=1) + "\n").encode()
+        )
 
 
 def read_log(folder: Folder, name: str) -> list[dict[str, Any]]:

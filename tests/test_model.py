@@ -105,8 +105,8 @@ def test_other_timm_networks_take_their_arguments() -> None:
 @needs_minilm
 def test_frozen_text_tower_and_small_resnet(capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
-    model = build_model("Latent-ResNet-small-MiniLM", SMALL, 8)
-    tokens = load_tokenizer(resolve_config("Latent-ResNet-small-MiniLM", SMALL, 8))(["a cat", "a dog"])
+    model = build_model("Latent-ResNet-10-MiniLM", SMALL, 8)
+    tokens = load_tokenizer(resolve_config("Latent-ResNet-10-MiniLM", SMALL, 8))(["a cat", "a dog"])
     assert capfd.readouterr() == ("", "")
     assert isinstance(model.text, FrozenTextEncoder)
     assert model.encode_text(tokens).shape == model.encode_image(torch.randn(2, 16, 8, 8)).shape == (2, 256)
@@ -116,7 +116,7 @@ def test_frozen_text_tower_and_small_resnet(capfd: pytest.CaptureFixture[str]) -
 
 @needs_minilm
 def test_unlocked_text_tower_trains() -> None:
-    config = resolve_config("Latent-ResNet-small-MiniLM", SMALL, 8)
+    config = resolve_config("Latent-ResNet-10-MiniLM", SMALL, 8)
     config["text_cfg"]["locked"] = False
     model = build_model(config, SMALL, 8)
     assert all(parameter.requires_grad for parameter in model.text.parameters())

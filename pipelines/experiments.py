@@ -1,0 +1,100 @@
+"""The named experiments: literal values for every stage. A new experiment is a new entry; no code looks at its name.
+
+python pipelines/encode.py photos --pairs pairs/ --latents latents/ --codec madebyollin/taesdxl
+"""
+
+from __future__ import annotations
+
+import tyro
+
+from latentclip.augment import LatentAugmentation
+from latentclip.encode import EncodeSettings
+from latentclip.training import Optimisation
+from latentclip.views import DRAWINGS
+from pipelines.configs import EncodeConfig, EvaluateConfig, Experiment, TrainConfig
+
+GIVEN: str = tyro.MISSING
+"""Must be given on the command line."""
+
+
+DEMO = Experiment(
+    description="Emoji on a laptop: 64 px drawings, the packaged codec, a small conv net and a frozen MiniLM",
+    encode=EncodeConfig(
+        pairs="runs/demo/pairs/known/twemoji",
+        latents="runs/demo/latents/known/twemoji",
+        codec="demo",
+        settings=EncodeSettings(image_size=64, views=9, recipe=DRAWINGS, batch_size=64),
+    ),
+    train=TrainConfig(
+        latents="runs/demo/latents/known/twemoji",
+        run="runs/demo",
+        model="Latent-ResNet-10-MiniLM",
+        steps=950,
+        batch_size=1024,
+        optimisation=Optimisation(
+            learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
+        ),
+        augmentation=LatentAugmentation(shift=1, noise=0.1),
+        plain_share=0.5,
+        log_steps=10,
+    ),
+    evaluate=EvaluateConfig(checkpoint="runs/demo", latents=("runs/demo/latents/unseen/twemoji",), out="runs/demo"),
+)
+
+PHOTOS = Experiment(
+    description="A few thousand photographs with captions or class names: 256 px, TAESDXL, conv net, frozen MiniLM",
+    encode=EncodeConfig(
+        pairs=GIVEN,
+        latents=GIVEN,
+        codec="madebyollin/taesdxl",
+        settings=EncodeSettings(image_size=256, batch_size=16),
+    ),
+    train=TrainConfig(
+        latents=GIVEN,
+        run=GIVEN,
+        model="Latent-ResNet-10-s2-MiniLM",
+        max_minutes=2.5,
+        batch_size=64,
+        optimisation=Optimisation(learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0),
+        augmentation=LatentAugmentation(crop=0.6, flip=0.5, noise=0.3),
+    ),
+    evaluate=EvaluateConfig(checkpoint=GIVEN, latents=tyro.MISSING, out=GIVEN),
+)
+
+_PAPER_ENCODE = EncodeConfig(
+    pairs=GIVEN,
+    latents=GIVEN,
+    codec="madebyollin/sdxl-vae-fp16-fix",
+    settings=EncodeSettings(image_size=512, scaled=False),
+)
+
+
+def _paper(description: str, model: str) -> Experiment:
+    """The paper's training (arXiv 2503.08455): 34 B samples at a batch of 81,920 on 128 GPUs."""
+    return Experiment(
+        description=description,
+        encode=_PAPER_ENCODE,
+        train=TrainConfig(
+            latents=GIVEN,
+            run=GIVEN,
+            model=model,
+            steps=415_000,
+            batch_size=81_920,
+            workers=128,
+            optimisation=Optimisation(warmup=3000 / 415_000),
+            checkpoint_minutes=30,
+        ),
+        evaluate=EvaluateConfig(checkpoint=GIVEN, latents=tyro.MISSING, out=GIVEN),
+    )
+
+
+EXPERIMENTS = {
+    "demo": DEMO,
+    "photos": PHOTOS,
+    "paper-b-8-512": _paper(
+        "The paper's Latent-ViT-B-8-512 on LAION-2B-en and COYO, SDXL latents of 512 px", "Latent-ViT-B-8-512"
+    ),
+    "paper-b-4-512-plus": _paper(
+        "The paper's Latent-ViT-B-4-512-plus on LAION-2B-en and COYO, SDXL latents of 512 px", "Latent-ViT-B-4-512-plus"
+    ),
+}
