@@ -136,6 +136,11 @@ class LatentLoader:
             "epoch": int(epochs[0]),
         }
 
+    def keys(self, step: int) -> list[str]:
+        """Keys of the global batch of a step, over all ranks."""
+        _, shards, rows = self.order.locate(self.positions(step))
+        return [self._shard(int(shard))[0].keys[row] for shard, row in zip(shards, rows, strict=True)]
+
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The view (n,) of samples with these seeds (n,)."""
         share = (seeds >> np.uint64(32)) / 2.0**32

@@ -109,7 +109,8 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     todo, done = remaining(config)
     dataset = dataset_file(load_codec(config.codec), config.settings)
     print(
-        f"encode: {done} shards done, {len(todo)} to do, latents {dataset.latent_shape} of {dataset.latent_space}", flush=True
+        f"encode: {done} shards done, {len(todo)} to do, latents {dataset.latent_shape} of {dataset.latent_space}",
+        flush=True,
     )
     if config.dry_run:
         return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}

@@ -56,7 +56,17 @@ def photographs() -> list[np.ndarray]:
     import skimage
     import sklearn.datasets
 
-    names = ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "ihc.png", "hubble_deep_field.jpg", "retina.jpg"]
+    names = [
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "rocket.jpg",
+        "ihc.png",
+        "hubble_deep_field.jpg",
+        "retina.jpg",
+    ]
     folder = Path(skimage.__file__).parent / "data"
     photos = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names if (folder / name).is_file()]
     return photos + list(sklearn.datasets.load_sample_images().images)
