@@ -68,7 +68,7 @@ class LatentLoader:
         self.order = SampleOrder([shard.rows for shard in dataset.shards], seed, window)
         if batch_size > self.order.size:
             raise UsageError(
-                f"a batch of {batch_size} is larger than the data set of {self.order.size} pairs; use a smaller batch size"
+                f"a batch of {batch_size} is larger than the data set of {self.order.size} pairs; use a smaller batch"
             )
         # This window and the next: the thread that reads ahead crosses from one into the other.
         self._shard = lru_cache(maxsize=2 * window)(self._read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -110,7 +110,7 @@ def training_step(
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
     """Keep the logit scale in [1, 100] (Radford et al., 2021)."""
-    bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     bare.logit_scale.clamp_(0, math.log(100))
 
 

@@ -34,7 +34,7 @@ UNSEEN_CONCEPTS = 200
 _SKIN_TONES = {f"{code:x}" for code in range(0x1F3FB, 0x1F400)}
 _GENDER_SIGNS = {"2640", "2642"}
 _IGNORED = {"fe0f", "200d", *_SKIN_TONES, *_GENDER_SIGNS}
-# One concept drawn as a woman, a man, a child of either gender or a person. Keys are code points, values the neutral form.
+# One concept drawn as a woman, a man, a child of either gender or a person: code points to those of the neutral form.
 _NEUTRAL = {
     **dict.fromkeys(["1f468", "1f469"], "1f9d1"),  # man, woman -> person
     **dict.fromkeys(["1f466", "1f467"], "1f9d2"),  # boy, girl -> child
