@@ -181,7 +181,8 @@ class Fit:
         except NotFiniteError as error:
             good = newest_good(self.run_folder) or "none yet"
             raise UsageError(
-                f"step {self.step}: {error}; nothing of it was saved (last good checkpoint: {good}), lower the learning rate"
+                f"step {self.step}: {error}; nothing of it was saved (last good checkpoint: {good}), "
+                "lower the learning rate and train on"
             ) from None
         if self.place.rank == 0:
             keys = batch["keys"] if self.place.world_size == 1 else self.loader.keys(self.step)

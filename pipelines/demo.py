@@ -99,8 +99,8 @@ def run(config: DemoConfig) -> Path:
     return write_report(
         ReportSources(
             title="Latent-CLIP on emoji",
-            headline="A CLIP that never sees a pixel: 3,953 emoji were turned into VAE latents, and a small model learned "
-            "to match them with their names. Every figure below was measured in this run.",
+            headline="A CLIP that never sees a pixel: 3,953 emoji were turned into VAE latents, and a small model "
+            "learned to match them with their names. Every figure below was measured in this run.",
             out=config.out,
             run=config.out,
             sets={name: (latents[name], pairs[name]) for name in sets},
