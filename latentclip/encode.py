@@ -155,7 +155,7 @@ class ShardEncoder:
         missing = self.settings.batch_size - len(pixels)
         seeds = sample_seeds(self.settings.seed, keys, missing) if self.settings.kind == "sample" else None
         padded = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]) if missing else pixels
-        images = padded.permute(0, 3, 1, 2).to(self.codec.device).float() / 127.5 - 1
+        images = padded.permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind, seeds=seeds)
         with np.errstate(over="ignore"):  # what overflows fp16 becomes infinite and is rejected
             return latents[: len(keys)].float().cpu().numpy().astype(np.float16)

@@ -68,7 +68,7 @@ class LatentLoader:
         self.order = SampleOrder([shard.rows for shard in dataset.shards], seed, window)
         if batch_size > self.order.size:
             raise UsageError(
-                f"a batch of {batch_size} is larger than the data set of {self.order.size} pairs; use a smaller batch size"
+                f"a batch of {batch_size} is larger than the data set of {self.order.size} pairs; use a smaller batch"
             )
         # This window and the next: the thread that reads ahead crosses from one into the other.
         self._shard = lru_cache(maxsize=2 * window)(self._read)
@@ -135,6 +135,11 @@ class LatentLoader:
             "seeds": torch.from_numpy((seeds >> np.uint64(1)).astype(np.int64)),
             "epoch": int(epochs[0]),
         }
+
+    def keys(self, step: int) -> list[str]:
+        """Keys of the global batch of a step, over all ranks."""
+        _, shards, rows = self.order.locate(self.positions(step))
+        return [self._shard(int(shard))[0].keys[row] for shard, row in zip(shards, rows, strict=True)]
 
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The view (n,) of samples with these seeds (n,)."""

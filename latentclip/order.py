@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +18,21 @@ from numpy.typing import NDArray
 Positions = NDArray[np.int64]
 
 
-def mix(*values: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(*values: int | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
     """Hash integers into 64 evenly distributed bits, elementwise where arrays are given.
 
     The finaliser is SplitMix64's (Steele, Lea and Flood, 2014). Used wherever a random number derives from a seed,
     an epoch, a step or a key, instead of from the state of a generator.
     """
     with np.errstate(over="ignore"):
-        state = np.uint64(0x9E3779B97F4A7C15)
+        state = np.asarray(0x9E3779B97F4A7C15, np.uint64)
         for value in values:
             word = value.astype(np.uint64) if isinstance(value, np.ndarray) else np.uint64(value % 2**64)
             state = (np.asarray(state ^ word) + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
+            state = np.asarray(state ^ (state >> np.uint64(31)))
+    return state
 
 
 def key_words(keys: Sequence[str]) -> NDArray[np.uint64]:

@@ -43,6 +43,7 @@ class Encoder:
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Encode the shards of a batch from Ray Data; one result each."""
         results = [self.encode(str(url), int(limit)) for url, limit in zip(batch["shard"], batch["limit"], strict=True)]
         return {name: [result[name] for result in results] for name in results[0]}
 
@@ -108,9 +109,8 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     """The stage: encode what is not encoded yet; returns its counts and what went wrong."""
     todo, done = remaining(config)
     dataset = dataset_file(load_codec(config.codec), config.settings)
-    print(
-        f"encode: {done} shards done, {len(todo)} to do, latents {dataset.latent_shape} of {dataset.latent_space}", flush=True
-    )
+    latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
+    print(f"encode: {done} shards done, {len(todo)} to do, {latents}", flush=True)
     if config.dry_run:
         return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
     folder = Folder(config.latents)

@@ -3,7 +3,8 @@
     python pipelines/train_codec.py --minutes 40 --out latentclip/codecs/demo
 
 The images are Twemoji drawings rendered at many sizes and colours, and the photographs that scikit-image and
-scikit-learn carry (`pip install -e .[demo,codec]`). OpenMoji and every other image stay unseen. One process, CPU or GPU.
+scikit-learn carry (`pip install -e .[demo,codec]`). OpenMoji and every other image stay unseen. One process, on a CPU
+or a GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +17,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderTiny
+from diffusers.models import AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-CROP = 64  # pixels; the codec is convolutional, so other sizes work with it too
+CROP = 64
+"""Side of a training crop, in pixels; the codec is convolutional, so other sizes work with it too."""
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "rocket.jpg",
+    "ihc.png",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+)
+"""Those of scikit-image's that are in colour; it installs only some of them."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +71,9 @@ def photographs() -> list[np.ndarray]:
     import skimage
     import sklearn.datasets
 
-    names = ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "ihc.png", "hubble_deep_field.jpg", "retina.jpg"]
     folder = Path(skimage.__file__).parent / "data"
-    photos = [np.asarray(Image.open(folder / name).convert("RGB")) for name in names if (folder / name).is_file()]
+    files = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()]
+    photos = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     return photos + list(sklearn.datasets.load_sample_images().images)
 
 
@@ -85,6 +100,7 @@ def on_background(drawing: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 
 def crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A piece (64, 64, ...) of an image, anywhere in it; half of them mirrored."""
     top, left = (int(rng.integers(0, side - CROP + 1)) for side in image.shape[:2])
     piece = image[top : top + CROP, left : left + CROP]
     return piece[:, ::-1] if rng.random() < 0.5 else piece
@@ -145,10 +161,11 @@ def build(config: CodecTraining) -> AutoencoderTiny:
 
 
 def train(config: CodecTraining) -> AutoencoderTiny:
-    """Minimise L1 + 4 MSE of the reconstruction, with slight noise on the latent so that it is robust to fp16 and int8."""
+    """Minimise L1 + 4 MSE of the reconstruction, with slight noise on the latent: that withstands fp16 and int8."""
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codec = build(config).to(device, memory_format=torch.channels_last)
+    codec: Any = build(config)  # the type of its `to` is lost in a decorator of diffusers
+    codec.to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(codec, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
     optimiser = torch.optim.AdamW(codec.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     loader = torch.utils.data.DataLoader(Crops(config), batch_size=None, num_workers=1, prefetch_factor=8)
@@ -174,7 +191,8 @@ def train(config: CodecTraining) -> AutoencoderTiny:
         progress.set_postfix_str(
             f"loss {loss.item():.4f} PSNR {-10 * np.log10(squared.item() / 4):.2f} dB", refresh=False
         )
-    return average.module.eval()
+    codec.load_state_dict(average.module.state_dict())
+    return codec.eval()
 
 
 @torch.inference_mode()
@@ -186,6 +204,7 @@ def latent_scale(codec: AutoencoderTiny, config: CodecTraining) -> float:
 
 
 def main(config: CodecTraining) -> None:
+    """Train, measure the scaling factor and save in diffusers' layout, in half precision."""
     codec = train(config).cpu()
     codec.register_to_config(scaling_factor=latent_scale(codec, config), shift_factor=0.0)
     codec.half().save_pretrained(config.out)
