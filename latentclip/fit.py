@@ -91,7 +91,8 @@ def check_settings(dataset: LatentDataset, settings: FitSettings, world_size: in
     pairs = sum(shard.rows for shard in dataset.shards)
     if settings.batch_size > pairs:
         raise UsageError(
-            f"a batch of {settings.batch_size} is larger than the data set of {pairs} pairs; give --batch-size {pairs} or less"
+            f"a batch of {settings.batch_size} is larger than the data set of {pairs} pairs; "
+            f"give --batch-size {pairs} or less"
         )
 
 

@@ -95,6 +95,8 @@ def run(config: DemoConfig) -> str:
     latents = {name: f"{config.out}/latents/{f}/{split}-{style}-*.parquet" for name, (split, style, f) in sets.items()}
     pairs = {name: f"{config.out}/pairs/{f}/{split}-{style}-*.tar" for name, (split, style, f) in sets.items()}
     settings = replace(DEMO.train.settings, seed=config.seed, steps=config.steps or DEMO.train.settings.steps)
+    if config.limit:
+        settings = replace(settings, batch_size=min(settings.batch_size, config.limit))
     with cluster():
         write_pairs(config)
         for one in encode_configs(config):
