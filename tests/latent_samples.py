@@ -41,10 +41,15 @@ def make_dataset(
 
 
 def make_rows(
-    count: int = 4, seed: int = 0, views: int = 1, prefix: str = "k", metadata: dict[str, list[Any]] | None = None
+    count: int = 4,
+    seed: int = 0,
+    views: int = 1,
+    prefix: str = "k",
+    metadata: dict[str, list[Any]] | None = None,
+    shape: tuple[int, int, int] = (4, 2, 3),
 ) -> LatentRows:
     rng = np.random.default_rng(seed)
-    latents = [rng.standard_normal((count, 4, 2, 3)).astype(np.float16) for _ in range(views)]
+    latents = [rng.standard_normal((count, *shape)).astype(np.float16) for _ in range(views)]
     keys = [f"{prefix}{index:05d}" for index in range(count)]
     return LatentRows(keys, [f"a caption of {key}" for key in keys], latents, metadata or {})
 
@@ -61,6 +66,6 @@ def fill(path: Path | str, shards: int = 3, rows: int = 4, **options: Any) -> tu
     dataset.publish(folder)
     records = []
     for index in range(shards):
-        content = make_rows(rows, seed=index, views=dataset.views, prefix=f"{index:05d}")
+        content = make_rows(rows, seed=index, views=dataset.views, prefix=f"{index:05d}", shape=dataset.latent_shape)
         records.append(write_shard(folder, dataset, content, make_outcome(f"{index:05d}", content)))
     return folder, records

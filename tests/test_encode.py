@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_pairs import emoji_shards, tar_of
 from PIL import Image
 
 from latentclip.codec import load_codec
@@ -16,7 +17,6 @@ from latentclip.errors import UsageError
 from latentclip.storage import Folder
 from latentclip.verify import verify
 from latentclip.views import DRAWINGS
-from demo_pairs import emoji_shards, tar_of
 
 
 def encoder(folder: Path, **settings: object) -> ShardEncoder:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from demo_pairs import emoji_shards
 
 from latentclip.codec import load_codec
 from latentclip.dataset import LatentDataset
@@ -17,7 +18,6 @@ from latentclip.loader import LatentLoader
 from latentclip.shards import ShardCorrupt
 from latentclip.storage import Folder
 from latentclip.views import DRAWINGS
-from demo_pairs import emoji_shards
 
 
 @pytest.fixture(scope="module", params=["parquet", "webdataset"])
@@ -102,5 +102,3 @@ def test_a_changed_shard_stops_the_reader_by_name(dataset: LatentDataset, tmp_pa
     with pytest.raises(ShardCorrupt, match=name):
         for _ in range(5):
             next(stream)
-
-

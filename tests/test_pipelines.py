@@ -1,0 +1,199 @@
+"""The stages as programs: on real Ray, killed and run again, with wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from demo_pairs import emoji_shards
+from latent_samples import fill
+
+from latentclip.augment import LatentAugmentation
+from latentclip.checkpoint import newest_good
+from latentclip.fit import FitSettings
+from latentclip.training import Optimisation
+from latentclip.verify import verify
+from pipelines import encode, evaluate, train
+from pipelines.cluster import run_program
+from pipelines.configs import EncodeConfig, TrainConfig
+from pipelines.experiments import DEMO, EXPERIMENTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def encode_config(pairs: Path, latents: Path) -> EncodeConfig:
+    settings = replace(DEMO.encode.settings, views=2, batch_size=8)
+    return replace(DEMO.encode, pairs=str(pairs), latents=str(latents), settings=settings)
+
+
+def train_config(latents: Path, run: Path, **changes: object) -> TrainConfig:
+    settings = FitSettings(model="Latent-ViT-tiny", steps=30, batch_size=12, log_steps=1)
+    return TrainConfig(latents=str(latents), run=str(run), settings=replace(settings, **changes))
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a stage in a process of its own, with its output as it comes."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, f"pipelines/{program}.py", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def read_until(process: subprocess.Popen[str], sign: str) -> str:
+    """Read a program's output up to `sign`, which a progress bar prints without ending its line."""
+    assert process.stdout is not None
+    seen = ""
+    while sign not in seen:
+        character = process.stdout.read(1)
+        assert character, f"{sign!r} never came: {seen}"
+        seen += character
+    return seen
+
+
+def test_encode_publishes_every_shard_and_names_the_broken_one(ray_cluster: None, tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=2, rows=9)
+    (pairs / "00007.tar").write_bytes(b"")
+    config = encode_config(pairs, tmp_path / "latents")
+    total = encode.run(config)
+    assert (total["planned"], total["stored"], total["rejected"]) == (18, 18, 0)
+    assert len(total["problems"]) == 1
+    assert "00007.tar" in total["problems"][0]
+    (pairs / "00007.tar").unlink()
+    assert verify(config.latents, str(pairs)).state == "complete"
+    assert json.loads((tmp_path / "latents" / "encode.config.json").read_text())["settings"]["image_size"] == 64
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()}
+    assert encode.run(config)["planned"] == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").iterdir()} == written
+
+
+def test_a_limit_bounds_the_pairs(ray_cluster: None, tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=3, rows=5)
+    config = replace(encode_config(pairs, tmp_path / "latents"), limit=7)
+    assert encode.run(config)["stored"] == 7
+    assert sorted(path.name for path in (tmp_path / "latents").glob("*.parquet")) == ["00000.parquet", "00001.parquet"]
+
+
+def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=2, rows=18, latent_shape=(4, 4, 4))
+    for workers in (1, 2):
+        config = train_config(tmp_path / "latents", tmp_path / f"run{workers}", steps=6)
+        assert train.run(replace(config, workers=workers))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        for name in ("run1", "run2")
+    )
+    assert [line["keys_hash"] for line in one] == [line["keys_hash"] for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+
+
+def test_a_killed_encode_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=6, rows=40)
+    options = ("demo", "--pairs", str(pairs), "--views", "4", "--batch-size", "8")
+    process = start("encode", *options, "--latents", str(tmp_path / "killed"))
+    read_until(process, "shards=1/6")
+    process.kill()
+    process.wait()
+    assert verify(str(tmp_path / "killed"), str(pairs)).state == "incomplete"
+    for name in ("killed", "whole"):
+        process = start("encode", *options, "--latents", str(tmp_path / name))
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        assert verify(str(tmp_path / name), str(pairs)).state == "complete"
+    for path in (tmp_path / "whole").glob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_ended_training_goes_on_as_if_it_had_not(tmp_path: Path, number: signal.Signals) -> None:
+    fill(tmp_path / "latents", shards=2, rows=18, latent_shape=(4, 4, 4))
+    options = ("photos", "--latents", str(tmp_path / "latents"), "--run", str(tmp_path / "run"))
+    options += ("--model", "Latent-ViT-tiny", "--steps", "120", "--max-minutes", "None", "--batch-size", "12")
+    options += ("--log-steps", "1", "--checkpoint-minutes", "0.02", "--precision", "fp32")
+    process = start("train", *options)
+    read_until(process, " step ")
+    process.send_signal(number)
+    output, _ = process.communicate()
+    if number == signal.SIGTERM:
+        assert process.returncode == 130, output
+        assert "run the same command to go on" in output
+        assert newest_good(tmp_path / "run") is not None
+    process = start("train", *options)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(120))
+
+
+Program = Callable[[Sequence[str]], int]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "sentence"),
+    [
+        (encode.main, ["demo", "--pairs", "nowhere", "--latents", "out"], "nowhere"),
+        (encode.main, ["demo", "--pairs", "empty", "--latents", "out"], "empty"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--codec", "./none"], "no codec directory"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--image-size", "60"], "factor 8"),
+        (train.main, ["demo", "--latents", "nowhere", "--run", "out"], "nowhere"),
+        (train.main, ["demo", "--latents", "latents", "--run", "out", "--batch-size", "5000"], "--batch-size 12"),
+        (evaluate.main, ["photos", "--checkpoint", "nowhere", "--latents", "latents", "--out", "out"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_writes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: Program,
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    emoji_shards(tmp_path / "pairs", shards=1, rows=3)
+    fill(tmp_path / "latents", shards=3, rows=4, latent_shape=(4, 4, 4))
+    with pytest.raises(SystemExit) as ended:
+        run_program(program, arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["demo", "--no-such-flag"], []])
+def test_an_unknown_experiment_or_flag_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_program(encode.main, arguments)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for program in (encode.main, train.main, evaluate.main):
+        with pytest.raises(SystemExit) as ended:
+            program(["demo", "--help"])
+        assert ended.value.code == 0
+        assert len(capsys.readouterr().out) > 1500
+
+
+def test_the_papers_experiments_hold_its_values() -> None:
+    for name, model in (("paper-b-8-512", "Latent-ViT-B-8-512"), ("paper-b-4-512-plus", "Latent-ViT-B-4-512-plus")):
+        experiment = EXPERIMENTS[name]
+        settings = experiment.train.settings
+        assert settings.model == model
+        assert settings.batch_size == 128 * 640
+        assert settings.optimisation == Optimisation(warmup=3000 / settings.steps)
+        assert settings.augmentation == LatentAugmentation()
+        assert 33e9 < settings.steps * settings.batch_size < 35e9
+        assert experiment.encode.settings.image_size == 512

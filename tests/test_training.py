@@ -1,0 +1,51 @@
+"""Schedule, optimiser groups and the state of the optimiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from latentclip.errors import UsageError
+from latentclip.training import Optimisation, build_optimiser, learning_rate, load_optimiser, optimiser_tensors
+
+
+def test_warm_up_then_cosine() -> None:
+    recipe = Optimisation(learning_rate=2.0, warmup=0.1, final=0.25)
+    assert learning_rate(0, recipe) == 0
+    assert learning_rate(0.05, recipe) == pytest.approx(1)
+    assert learning_rate(0.1, recipe) == pytest.approx(2)
+    assert learning_rate(0.55, recipe) == pytest.approx(0.5 * (2 + 0.5))
+    assert learning_rate(1, recipe) == pytest.approx(0.5)
+
+
+def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2).requires_grad_(False))
+    matrices, others = build_optimiser(model, Optimisation()).param_groups
+    assert [tuple(value.shape) for value in matrices["params"]] == [(4, 3)]
+    assert [tuple(value.shape) for value in others["params"]] == [(4,), (4,), (4,)]
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
+
+
+def test_nothing_to_train_is_a_sentence() -> None:
+    with pytest.raises(UsageError, match="every weight of the model is frozen"):
+        build_optimiser(nn.Linear(2, 2).requires_grad_(False), Optimisation())
+
+
+def test_the_optimisers_state_survives_as_tensors() -> None:
+    def step(model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.zero_grad()
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimiser.step()
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimiser = build_optimiser(model, Optimisation())
+    step(model, optimiser)
+    copy = nn.Linear(3, 2)
+    copy.load_state_dict(model.state_dict())
+    restored = build_optimiser(copy, Optimisation())
+    load_optimiser(restored, {name: value.clone() for name, value in optimiser_tensors(optimiser).items()})
+    step(model, optimiser)
+    step(copy, restored)
+    assert torch.equal(copy.weight, model.weight)
