@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,21 +47,13 @@ _DIRECTIONS = {"image_to_text": "From image to caption", "text_to_image": "From 
 
 
 @dataclass(frozen=True)
-class LatentSet:
-    """One evaluated set: its latent shards, and the pair shards they were made of if those are at hand."""
-
-    latents: str
-    pairs: str | None = None
-
-
-@dataclass(frozen=True)
 class ReportSources:
     """Where to find what the report shows. What is absent is left out of the page."""
 
     out: str
     """Folder of the evaluation (metrics.json, galleries.json), where report.html goes."""
-    sets: Mapping[str, LatentSet]
-    """The evaluated sets by name, those of `EvaluateConfig.latents`."""
+    sets: Mapping[str, tuple[str, str | None]]
+    """The evaluated sets by name: latent shards, and the pair shards they were made of if those are at hand."""
     title: str
     headline: str
     """What this is, in one or two sentences."""
@@ -69,14 +61,14 @@ class ReportSources:
     """Folder of the training run."""
     codec: Codec | None = None
     """Decodes pictures; None takes the packaged codec for the sets that are its."""
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     """Plain statements beside the metrics, for example what the model cannot do."""
-    credits: tuple[Credit, ...] = ()
-    stages: tuple[Stage, ...] = ()
-    """Stages without a log of their own, shown before the others."""
-    galleries: tuple[str, ...] | None = None
+    credits: Sequence[Credit] = ()
+    pairs: str | None = None
+    """Folder with the log of the stage that made the pairs."""
+    galleries: Sequence[str] | None = None
     """Sets whose galleries are shown; all by default."""
-    examples: tuple[str, ...] | None = None
+    examples: Sequence[str] | None = None
     """Sets whose pairs are shown with their latents; the first by default."""
     seed: int = 0
     """Chooses the pairs shown."""
@@ -95,17 +87,17 @@ def write_report(sources: ReportSources) -> str:
 def gather(sources: ReportSources) -> ReportData:
     """Everything the report shows, from the files of all stages."""
     out = Folder(sources.out)
-    datasets = {name: LatentDataset(chosen.latents) for name, chosen in sources.sets.items()}
+    datasets = {name: LatentDataset(latents) for name, (latents, _) in sources.sets.items()}
     metrics = _of_sets(_read_json(out, "metrics.json"), sources)
     evaluations = [_evaluation(name, values) for name, values in metrics.items()]
     counts = [_counts(name, dataset) for name, dataset in datasets.items()]
     training = _training(Folder(sources.run)) if sources.run else None
-    pictures = {name: Pictures(dataset, sources.sets[name].pairs, sources.codec) for name, dataset in datasets.items()}
+    pictures = {name: Pictures(dataset, sources.sets[name][1], sources.codec) for name, dataset in datasets.items()}
     return ReportData(
         title=sources.title,
         headline=sources.headline,
         figures=_figures(evaluations, counts, training),
-        stages=[*sources.stages, *_stages(sources, datasets)],
+        stages=list(_stages(sources, datasets)),
         counts=counts,
         examples=_examples(sources, pictures),
         training=training,
@@ -166,19 +158,21 @@ def _figures(evaluations: list[Evaluation], counts: list[Counts], training: Trai
     return figures
 
 
-def _folders(datasets: Mapping[str, LatentDataset]) -> dict[str, Folder]:
-    """The folders of each set's shards, by the set's name, numbered where a set has several."""
-    folders = {}
-    for name, dataset in datasets.items():
-        urls = dict.fromkeys(locate(shard.url)[0].url for shard in dataset.shards)
-        for number, url in enumerate(urls, 1):
-            folders[name if len(urls) == 1 else f"{name} {number}"] = Folder(url)
-    return folders
+def _folders(datasets: Mapping[str, LatentDataset]) -> list[Folder]:
+    """The folders that the shards of all sets are in; sets may share one."""
+    return [Folder(url) for url in dict.fromkeys(locate(s.url)[0].url for d in datasets.values() for s in d.shards)]
+
+
+def _name(folder: Folder) -> str:
+    return "/".join(folder.url.rstrip("/").split("/")[-2:])
 
 
 def _stages(sources: ReportSources, datasets: Mapping[str, LatentDataset]) -> Iterator[Stage]:
-    for name, folder in _folders(datasets).items():
-        yield from _stage(read_log(folder, "encode.log.json"), "encode", f"pairs to latents: {name}", "pairs")
+    if sources.pairs:
+        yield from _stage(read_log(Folder(sources.pairs), "pairs.log.json"), "pairs", "image-text pairs made", "pairs")
+    for folder in _folders(datasets):
+        encoded = read_log(folder, "encode.log.json")
+        yield from _stage(encoded, "encode", f"pairs to latents: {_name(folder)}", "pairs")
     if sources.run:
         trained = read_log(Folder(sources.run), "train.log.json")
         yield from _stage(trained, "train", "latents and captions to a model", "pairs")
@@ -270,7 +264,7 @@ def _query(query: dict[str, Any], picture: Callable[[dict[str, Any]], str | None
 
 def _settings(sources: ReportSources, datasets: Mapping[str, LatentDataset]) -> dict[str, dict[str, str]]:
     """The resolved configuration of each stage, as tables."""
-    folders = {f"Encode: {name}": (folder, "encode.config.json") for name, folder in _folders(datasets).items()}
+    folders = {f"Encode: {_name(folder)}": (folder, "encode.config.json") for folder in _folders(datasets)}
     if sources.run:
         folders["Train"] = (Folder(sources.run), "train.config.json")
     folders["Evaluate"] = (Folder(sources.out), "evaluate.config.json")

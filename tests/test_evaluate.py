@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent_samples import fill
 from PIL import Image
 
 from latentclip.checkpoint import save_checkpoint
@@ -25,8 +26,7 @@ from latentclip.report import Credit
 from latentclip.text import load_tokenizer
 from pipelines import encode, evaluate
 from pipelines.configs import EncodeConfig, EvaluateConfig
-from pipelines.report import LatentSet, ReportSources, write_report
-from tests.latent_samples import fill
+from pipelines.report import ReportSources, write_report
 
 COLOURS = {"dark_red": "darkred", "green": "green", "navy_blue": "navy", "yellow": "yellow", "white": "white"}
 RETRIEVAL = {
@@ -34,7 +34,11 @@ RETRIEVAL = {
 }
 ZERO_SHOT = {"top1", "top5", "mean_per_class_recall"}
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    # Ray copies its own deprecated options.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
 
 
 def write_pairs(path: Path, first: int, count: int) -> None:
@@ -196,7 +200,7 @@ def test_program_writes_a_report(config: EvaluateConfig, root: Path, capsys: pyt
 def test_report_of_several_sets_is_self_contained(config: EvaluateConfig, root: Path) -> None:
     names = ("many", "few")
     evaluate.run(replace(config, latents=tuple(f"{name}={root}/latents/{name}" for name in names)))
-    sets = {name: LatentSet(f"{root}/latents/{name}", f"{root}/pairs/{name}") for name in names}
+    sets = {name: (f"{root}/latents/{name}", f"{root}/pairs/{name}") for name in names}
     sources = ReportSources(
         out=config.out,
         sets=sets,
