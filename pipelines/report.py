@@ -211,8 +211,8 @@ def _training(run: Folder) -> Training | None:
     if not steps:
         return None
     ordered = [steps[step] for step in sorted(steps)]
-    config = _read_json(run, "train.config.json")
-    contrastive = config.get("optimisation", {}).get("loss") == "clip"
+    settings = _read_json(run, "train.config.json").get("settings", {})
+    contrastive = settings.get("optimisation", {}).get("loss") == "clip"
 
     def column(name: str) -> list[float]:
         return [line[name] for line in ordered] if all(name in line for line in ordered) else []
@@ -222,7 +222,7 @@ def _training(run: Folder) -> Training | None:
         loss=column("loss"),
         learning_rate=column("learning_rate"),
         logit_scale=column("logit_scale"),
-        chance_loss=math.log(config["batch_size"]) if contrastive else None,
+        chance_loss=math.log(settings["batch_size"]) if contrastive else None,
     )
 
 
