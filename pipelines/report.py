@@ -277,4 +277,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, json.dumps(value) if isinstance(value, list) else str(value)
+            yield prefix + name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
