@@ -77,14 +77,15 @@ def _stopped_by(number: int) -> Iterator[None]:
 def check_output(path: str) -> None:
     """Refuse an output that would be lost or scattered; call it before any work.
 
-    Raises UsageError for a relative path inside a submitted job, whose working directory Ray deletes. Warns of a local path on
-    a cluster of several nodes, which is right only if all of them share it.
+    Raises UsageError for a relative path inside a submitted job, whose working directory Ray deletes. Warns of a local
+    path on a cluster of several nodes, which is right only if all of them share it.
     """
     if "://" in path:
         return
     if not Path(path).is_absolute() and "working_dir_files" in Path.cwd().parts:
         raise UsageError(
-            f"the output {path!r} is relative and would land in the job's temporary directory; give an absolute path or a URL"
+            f"the output {path!r} is relative and would land in the job's temporary directory; "
+            "give an absolute path or a URL"
         )
     if ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1:
         warnings.warn(

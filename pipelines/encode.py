@@ -2,7 +2,7 @@
 
     pair shards  ->  decode, crop, views  ->  VAE encoder  ->  latent shards + records
     python pipelines/encode.py demo --pairs pairs/ --latents latents/ --codec demo --image-size 64
-    ray job submit --working-dir . -- python pipelines/encode.py laion2b-en-b8 --pairs s3://... --latents s3://...
+    ray job submit --working-dir . -- python pipelines/encode.py paper-b-8-512 --pairs s3://... --latents s3://...
 
 The shard is the unit of work: Ray Data hands shards to a pool of encoder actors, and whatever was not published when
 a job dies is done again by the next run of the same command.

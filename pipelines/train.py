@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
-from latentclip.fit import Fit, Place
+from latentclip.fit import Fit, Place, check_settings
 from latentclip.model import build_model, resolve_config
 from latentclip.records import differences
 from latentclip.storage import Folder
@@ -76,6 +76,7 @@ class StopWatch:
         self.desk, self.answer = desk, desk.stopped.remote()
 
     def __call__(self) -> bool:
+        """Whether a stop was asked for, as far as is known by now."""
         ready, _ = ray.wait([self.answer], timeout=0)
         if not ready:
             return False
@@ -168,11 +169,8 @@ def _show_progress(desk: Any, thread: threading.Thread, asked: threading.Event) 
                 desk.ask_to_stop.remote()
                 told = True
             if metrics := ray.get(desk.latest.remote()):
-                bar.set_postfix_str(
-                    f"step {metrics['step']:.0f}  loss {metrics['loss']:.4f}  logit scale {metrics['logit_scale']:.1f}  "
-                    f"{metrics['samples_per_second']:,.0f} samples/s",
-                    refresh=False,
-                )
+                text = "step {step:.0f}  loss {loss:.4f}  scale {logit_scale:.1f}  {samples_per_second:,.0f} samples/s"
+                bar.set_postfix_str(text.format(**metrics), refresh=False)
                 bar.update(100 * metrics["progress"] - bar.n)
 
 
@@ -186,6 +184,7 @@ def _fit(trainer: TorchTrainer, outcome: list[BaseException]) -> None:
 def describe(config: TrainConfig) -> str:
     """What would be trained on what, for the first line and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
+    check_settings(dataset, config.settings, config.workers)
     grid = dataset.dataset.latent_shape[-1]
     model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)

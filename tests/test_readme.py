@@ -1,0 +1,76 @@
+"""What the README shows is run as it stands there, in a folder that holds what it names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from latent_samples import fill
+from PIL import Image
+
+import latentclip
+from latentclip.checkpoint import save_checkpoint
+from latentclip.model import build_model, resolve_config
+from latentclip.shards import read_shard
+from latentclip.text import load_tokenizer
+from pipelines.cluster import cluster
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def run_block(beginning: str, **names: Any) -> dict[str, Any]:
+    """Run the one block that begins so; returns its variables."""
+    [block] = [block for block in BLOCKS if block.startswith(beginning)]
+    variables = {"__name__": "__main__", **names}
+    exec(compile(block, "README.md", "exec"), variables)
+    return variables
+
+
+@pytest.fixture
+def demo_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory after a demo, as far as the README needs it: a small model on the packaged codec."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (80, 60), (200, 120, 30)).save("cat.png")
+    torch.manual_seed(0)
+    space = latentclip.load_codec().space
+    config = resolve_config("Latent-ViT-tiny", space, 8)
+    save_checkpoint(
+        tmp_path / "runs" / "demo" / "checkpoints" / "step_1",
+        model=build_model(config, space, 8),
+        config=config,
+        space=space,
+        grid=8,
+        tokenizer=load_tokenizer(config),
+        resize_mode="crop",
+    )
+
+
+@pytest.mark.usefixtures("demo_run")
+def test_the_notebook_view(capsys: pytest.CaptureFixture[str]) -> None:
+    clip = run_block("import latentclip")["clip"]
+    lines = capsys.readouterr().out.splitlines()
+    likely = [float(line.split()[0]) for line in lines]
+    assert likely == sorted(likely, reverse=True)
+    assert sum(likely) == pytest.approx(1, abs=0.02)
+    assert {line.partition(" ")[2] for line in lines} == {"a cat", "a dog", "a bicycle"}
+    assert clip.encode_latents(torch.zeros(2, 16, 8, 8)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("library", ["numpy", "datasets", "duckdb", "ray"])
+def test_latents_are_read_elsewhere(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed (pip install -e .[dev])")
+    if library == "datasets":
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "latents", shards=1)
+    with cluster() if library == "ray" else nullcontext():
+        latents = run_block(f"# {library}", C=4, H=2, W=3)["latents"]
+    np.testing.assert_array_equal(np.stack(list(latents)), read_shard("latents/00000.parquet").latents[0])
