@@ -33,7 +33,7 @@ from pipelines.cluster import check_output, cluster, run_program
 from pipelines.configs import EvaluateConfig, parse, write_config
 from pipelines.embedding import Embedded, embed
 from pipelines.experiments import EXPERIMENTS
-from pipelines.report import ReportSources, write_report
+from pipelines.report import LatentSet, ReportSources, write_report
 from pipelines.runlog import StageLog
 
 UNNAMED = ""
@@ -206,7 +206,7 @@ def report_sources(config: EvaluateConfig) -> ReportSources:
     run_folder = next((str(folder) for folder in runs if (folder / "samples.jsonl").is_file()), None)
     return ReportSources(
         out=config.out,
-        sets={name or source: (source, None) for name, source in named_sources(config.latents).items()},
+        sets={name or source: LatentSet(source) for name, source in named_sources(config.latents).items()},
         run=run_folder,
         codec=load_codec(config.codec) if config.codec else None,
         title="Latent-CLIP evaluation",

@@ -47,13 +47,21 @@ _DIRECTIONS = {"image_to_text": "From image to caption", "text_to_image": "From 
 
 
 @dataclass(frozen=True)
+class LatentSet:
+    """One evaluated set: its latent shards, and the pair shards they were made of if those are at hand."""
+
+    latents: str
+    pairs: str | None = None
+
+
+@dataclass(frozen=True)
 class ReportSources:
     """Where to find what the report shows. What is absent is left out of the page."""
 
     out: str
     """Folder of the evaluation (metrics.json, galleries.json), where report.html goes."""
-    sets: Mapping[str, tuple[str, str | None]]
-    """The evaluated sets by name: latent shards, and the pair shards they were made of if those are at hand."""
+    sets: Mapping[str, LatentSet]
+    """The evaluated sets by name, those of `EvaluateConfig.latents`."""
     title: str
     headline: str
     """What this is, in one or two sentences."""
@@ -64,8 +72,8 @@ class ReportSources:
     notes: Sequence[str] = ()
     """Plain statements beside the metrics, for example what the model cannot do."""
     credits: Sequence[Credit] = ()
-    pairs: str | None = None
-    """Folder with the log of the stage that made the pairs."""
+    stages: Sequence[Stage] = ()
+    """Stages that came before encode, such as making the pairs."""
     galleries: Sequence[str] | None = None
     """Sets whose galleries are shown; all by default."""
     examples: Sequence[str] | None = None
@@ -87,17 +95,17 @@ def write_report(sources: ReportSources) -> str:
 def gather(sources: ReportSources) -> ReportData:
     """Everything the report shows, from the files of all stages."""
     out = Folder(sources.out)
-    datasets = {name: LatentDataset(latents) for name, (latents, _) in sources.sets.items()}
+    datasets = {name: LatentDataset(chosen.latents) for name, chosen in sources.sets.items()}
     metrics = _of_sets(_read_json(out, "metrics.json"), sources)
     evaluations = [_evaluation(name, values) for name, values in metrics.items()]
     counts = [_counts(name, dataset) for name, dataset in datasets.items()]
     training = _training(Folder(sources.run)) if sources.run else None
-    pictures = {name: Pictures(dataset, sources.sets[name][1], sources.codec) for name, dataset in datasets.items()}
+    pictures = {name: Pictures(dataset, sources.sets[name].pairs, sources.codec) for name, dataset in datasets.items()}
     return ReportData(
         title=sources.title,
         headline=sources.headline,
         figures=_figures(evaluations, counts, training),
-        stages=list(_stages(sources, datasets)),
+        stages=[*sources.stages, *_stages(sources, datasets)],
         counts=counts,
         examples=_examples(sources, pictures),
         training=training,
@@ -168,8 +176,6 @@ def _name(folder: Folder) -> str:
 
 
 def _stages(sources: ReportSources, datasets: Mapping[str, LatentDataset]) -> Iterator[Stage]:
-    if sources.pairs:
-        yield from _stage(read_log(Folder(sources.pairs), "pairs.log.json"), "pairs", "image-text pairs made", "pairs")
     for folder in _folders(datasets):
         encoded = read_log(folder, "encode.log.json")
         yield from _stage(encoded, "encode", f"pairs to latents: {_name(folder)}", "pairs")

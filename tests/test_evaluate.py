@@ -28,7 +28,7 @@ from latentclip.text import load_tokenizer
 from pipelines import encode, evaluate
 from pipelines.configs import EncodeConfig, EvaluateConfig
 from pipelines.embedding import Embedded
-from pipelines.report import ReportSources, write_report
+from pipelines.report import LatentSet, ReportSources, write_report
 
 COLOURS = {"dark_red": "darkred", "green": "green", "navy_blue": "navy", "yellow": "yellow", "white": "white"}
 RETRIEVAL = {
@@ -109,8 +109,8 @@ def test_report_of_several_sets_is_self_contained(named: tuple[dict[str, Any], s
     sources = ReportSources(
         out=named[1],
         sets={
-            "a/many": (f"{root}/latents/0000[01]*", None),
-            "a/few": (f"{root}/latents/00002*", f"{root}/pairs/00002.tar"),
+            "a/many": LatentSet(f"{root}/latents/0000[01]*"),
+            "a/few": LatentSet(f"{root}/latents/00002*", f"{root}/pairs/00002.tar"),
         },
         title="Squares",
         headline="Of a few colours.",
