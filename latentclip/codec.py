@@ -36,6 +36,12 @@ class Codec:
         self.module = module
         self.space = space
 
+    @property
+    def device(self) -> torch.device:
+        """Where the autoencoder is."""
+        weights: Tensor = next(self.module.parameters())
+        return weights.device
+
     def encode(
         self, pixels: Tensor, *, scaled: bool = True, kind: Kind = "mean", seeds: Sequence[int] | None = None
     ) -> Tensor:

@@ -65,7 +65,7 @@ class EvaluateConfig:
     checkpoint: str
     """Checkpoint folder, or the folder of a run (its newest good checkpoint)."""
     latents: tuple[str, ...]
-    """Latent shards: a folder, a glob or a list. Several sets: NAME=SOURCE; metrics are then by name."""
+    """Latent shards: a folder, a glob or a list; several sets as NAME=FOLDER, and metrics are then by name."""
     out: str
     """Folder for metrics.json and report.html."""
     label_column: str | None = None

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,14 +69,14 @@ class ReportSources:
     """Folder of the training run."""
     codec: Codec | None = None
     """Decodes pictures; None takes the packaged codec for the sets that are its."""
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     """Plain statements beside the metrics, for example what the model cannot do."""
-    credits: tuple[Credit, ...] = ()
-    stages: tuple[Stage, ...] = ()
-    """Stages without a log of their own, shown before the others."""
-    galleries: tuple[str, ...] | None = None
+    credits: Sequence[Credit] = ()
+    stages: Sequence[Stage] = ()
+    """Stages that came before encode, such as making the pairs."""
+    galleries: Sequence[str] | None = None
     """Sets whose galleries are shown; all by default."""
-    examples: tuple[str, ...] | None = None
+    examples: Sequence[str] | None = None
     """Sets whose pairs are shown with their latents; the first by default."""
     seed: int = 0
     """Chooses the pairs shown."""
@@ -166,19 +166,19 @@ def _figures(evaluations: list[Evaluation], counts: list[Counts], training: Trai
     return figures
 
 
-def _folders(datasets: Mapping[str, LatentDataset]) -> dict[str, Folder]:
-    """The folders of each set's shards, by the set's name, numbered where a set has several."""
-    folders = {}
-    for name, dataset in datasets.items():
-        urls = dict.fromkeys(locate(shard.url)[0].url for shard in dataset.shards)
-        for number, url in enumerate(urls, 1):
-            folders[name if len(urls) == 1 else f"{name} {number}"] = Folder(url)
-    return folders
+def _folders(datasets: Mapping[str, LatentDataset]) -> list[Folder]:
+    """The folders that the shards of all sets are in; sets may share one."""
+    return [Folder(url) for url in dict.fromkeys(locate(s.url)[0].url for d in datasets.values() for s in d.shards)]
+
+
+def _name(folder: Folder) -> str:
+    return "/".join(folder.url.rstrip("/").split("/")[-2:])
 
 
 def _stages(sources: ReportSources, datasets: Mapping[str, LatentDataset]) -> Iterator[Stage]:
-    for name, folder in _folders(datasets).items():
-        yield from _stage(read_log(folder, "encode.log.json"), "encode", f"pairs to latents: {name}", "pairs")
+    for folder in _folders(datasets):
+        encoded = read_log(folder, "encode.log.json")
+        yield from _stage(encoded, "encode", f"pairs to latents: {_name(folder)}", "pairs")
     if sources.run:
         trained = read_log(Folder(sources.run), "train.log.json")
         yield from _stage(trained, "train", "latents and captions to a model", "pairs")
@@ -217,8 +217,8 @@ def _training(run: Folder) -> Training | None:
     if not steps:
         return None
     ordered = [steps[step] for step in sorted(steps)]
-    config = _read_json(run, "train.config.json")
-    contrastive = config.get("optimisation", {}).get("loss") == "clip"
+    settings = _read_json(run, "train.config.json").get("settings", {})
+    contrastive = settings.get("optimisation", {}).get("loss") == "clip"
 
     def column(name: str) -> list[float]:
         return [line[name] for line in ordered] if all(name in line for line in ordered) else []
@@ -228,7 +228,7 @@ def _training(run: Folder) -> Training | None:
         loss=column("loss"),
         learning_rate=column("learning_rate"),
         logit_scale=column("logit_scale"),
-        chance_loss=math.log(config["batch_size"]) if contrastive else None,
+        chance_loss=math.log(settings["batch_size"]) if contrastive else None,
     )
 
 
@@ -270,7 +270,7 @@ def _query(query: dict[str, Any], picture: Callable[[dict[str, Any]], str | None
 
 def _settings(sources: ReportSources, datasets: Mapping[str, LatentDataset]) -> dict[str, dict[str, str]]:
     """The resolved configuration of each stage, as tables."""
-    folders = {f"Encode: {name}": (folder, "encode.config.json") for name, folder in _folders(datasets).items()}
+    folders = {f"Encode: {_name(folder)}": (folder, "encode.config.json") for folder in _folders(datasets)}
     if sources.run:
         folders["Train"] = (Folder(sources.run), "train.config.json")
     folders["Evaluate"] = (Folder(sources.out), "evaluate.config.json")
@@ -283,4 +283,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, json.dumps(value) if isinstance(value, list) else str(value)
+            yield prefix + name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
