@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import Any
 
@@ -73,7 +73,7 @@ class LatentLoader:
         # This window and the next: the thread that reads ahead crosses from one into the other.
         self._shard = lru_cache(maxsize=2 * window)(self._read)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch]:
         """Batches from step `start` on, without end; closing the iterator ends its thread."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(READ_AHEAD)
         closed = threading.Event()
@@ -135,6 +135,11 @@ class LatentLoader:
             "seeds": torch.from_numpy((seeds >> np.uint64(1)).astype(np.int64)),
             "epoch": int(epochs[0]),
         }
+
+    def keys(self, step: int) -> list[str]:
+        """Keys of the global batch of a step, over all ranks."""
+        _, shards, rows = self.order.locate(self.positions(step))
+        return [self._shard(int(shard))[0].keys[row] for shard, row in zip(shards, rows, strict=True)]
 
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The view (n,) of samples with these seeds (n,)."""

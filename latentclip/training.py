@@ -112,3 +112,18 @@ def clamp_logit_scale(model: nn.Module) -> None:
     """Keep the logit scale in [1, 100] (Radford et al., 2021)."""
     bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     bare.logit_scale.clamp_(0, math.log(100))
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors (`3.exp_avg`: of the fourth parameter), for safetensors."""
+    state = optimiser.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give an optimiser the state that `optimiser_tensors` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

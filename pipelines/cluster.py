@@ -34,11 +34,13 @@ def cluster(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    for name in ("ray", "ray.data", "ray._private.authentication"):  # a stage has a progress bar of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if address:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors make its core complain
             # Logical CPUs: two training workers and their helpers must fit on two cores, where waiting is cheap.
             cpus = max(8, os.cpu_count() or 1)
             ray.init(
@@ -46,7 +48,8 @@ def cluster(address: str | None = None) -> Iterator[None]:
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=LOCAL_OBJECT_STORE,
-                **quiet,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
             )
     except (ConnectionError, ValueError) as error:
         raise UsageError(f"no Ray cluster answers at {address!r} ({error}); start one or unset RAY_ADDRESS") from None
@@ -74,14 +77,15 @@ def _stopped_by(number: int) -> Iterator[None]:
 def check_output(path: str) -> None:
     """Refuse an output that would be lost or scattered; call it before any work.
 
-    Raises UsageError for a relative path inside a submitted job, whose working directory Ray deletes. Warns of a local path on
-    a cluster of several nodes, which is right only if all of them share it.
+    Raises UsageError for a relative path inside a submitted job, whose working directory Ray deletes. Warns of a local
+    path on a cluster of several nodes, which is right only if all of them share it.
     """
     if "://" in path:
         return
     if not Path(path).is_absolute() and "working_dir_files" in Path.cwd().parts:
         raise UsageError(
-            f"the output {path!r} is relative and would land in the job's temporary directory; give an absolute path or a URL"
+            f"the output {path!r} is relative and would land in the job's temporary directory; "
+            "give an absolute path or a URL"
         )
     if ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1:
         warnings.warn(

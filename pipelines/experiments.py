@@ -9,6 +9,7 @@ import tyro
 
 from latentclip.augment import LatentAugmentation
 from latentclip.encode import EncodeSettings
+from latentclip.fit import FitSettings
 from latentclip.training import Optimisation
 from latentclip.views import DRAWINGS
 from pipelines.configs import EncodeConfig, EvaluateConfig, Experiment, TrainConfig
@@ -17,28 +18,48 @@ GIVEN: str = tyro.MISSING
 """Must be given on the command line."""
 
 
+DEMO_SETS = [
+    ("known", "twemoji", "train"),
+    ("known", "openmoji", "evaluation"),
+    ("unseen", "twemoji", "evaluation"),
+    ("unseen", "openmoji", "evaluation"),
+    ("variants", "twemoji", "evaluation"),
+    ("variants", "openmoji", "evaluation"),
+]
+"""What the demo is judged on: split, drawing style, and the folder where its shards lie."""
+
 DEMO = Experiment(
     description="Emoji on a laptop: 64 px drawings, the packaged codec, a small conv net and a frozen MiniLM",
     encode=EncodeConfig(
-        pairs="runs/demo/pairs/known/twemoji",
-        latents="runs/demo/latents/known/twemoji",
+        pairs="runs/demo/pairs/train",
+        latents="runs/demo/latents/train",
         codec="demo",
         settings=EncodeSettings(image_size=64, views=9, recipe=DRAWINGS, batch_size=64),
     ),
     train=TrainConfig(
-        latents="runs/demo/latents/known/twemoji",
+        latents="runs/demo/latents/train",
         run="runs/demo",
-        model="Latent-ResNet-10-MiniLM",
-        steps=950,
-        batch_size=1024,
-        optimisation=Optimisation(
-            learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
+        settings=FitSettings(
+            model="Latent-ResNet-10-MiniLM",
+            steps=950,
+            batch_size=1024,
+            optimisation=Optimisation(
+                learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
+            ),
+            augmentation=LatentAugmentation(shift=1, noise=0.1),
+            plain_share=0.5,
         ),
-        augmentation=LatentAugmentation(shift=1, noise=0.1),
-        plain_share=0.5,
-        log_steps=10,
     ),
-    evaluate=EvaluateConfig(checkpoint="runs/demo", latents=("runs/demo/latents/unseen/twemoji",), out="runs/demo"),
+    evaluate=EvaluateConfig(
+        checkpoint="runs/demo",
+        latents=(
+            *(
+                f"{split}/{style}=runs/demo/latents/{folder}/{split}-{style}-*.parquet"
+                for split, style, folder in DEMO_SETS
+            ),
+        ),
+        out="runs/demo",
+    ),
 )
 
 PHOTOS = Experiment(
@@ -52,11 +73,15 @@ PHOTOS = Experiment(
     train=TrainConfig(
         latents=GIVEN,
         run=GIVEN,
-        model="Latent-ResNet-10-s2-MiniLM",
-        max_minutes=2.5,
-        batch_size=64,
-        optimisation=Optimisation(learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0),
-        augmentation=LatentAugmentation(crop=0.6, flip=0.5, noise=0.3),
+        settings=FitSettings(
+            model="Latent-ResNet-10-s2-MiniLM",
+            max_minutes=2.5,
+            batch_size=64,
+            optimisation=Optimisation(
+                learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
+            ),
+            augmentation=LatentAugmentation(crop=0.6, flip=0.5, noise=0.3),
+        ),
     ),
     evaluate=EvaluateConfig(checkpoint=GIVEN, latents=tyro.MISSING, out=GIVEN),
 )
@@ -77,12 +102,14 @@ def _paper(description: str, model: str) -> Experiment:
         train=TrainConfig(
             latents=GIVEN,
             run=GIVEN,
-            model=model,
-            steps=415_000,
-            batch_size=81_920,
             workers=128,
-            optimisation=Optimisation(warmup=3000 / 415_000),
-            checkpoint_minutes=30,
+            settings=FitSettings(
+                model=model,
+                steps=415_000,
+                batch_size=81_920,
+                optimisation=Optimisation(warmup=3000 / 415_000),
+                checkpoint_minutes=30,
+            ),
         ),
         evaluate=EvaluateConfig(checkpoint=GIVEN, latents=tyro.MISSING, out=GIVEN),
     )

@@ -1,0 +1,247 @@
+"""Train a Latent-CLIP on latent shards.
+
+    latent shards  ->  loader (computed order)  ->  CLIP on latents  ->  RUN/checkpoints, samples.jsonl, tensorboard
+    python pipelines/train.py demo --latents latents/ --run runs/one --steps 1000
+    ray job submit --working-dir . -- python pipelines/train.py paper-b-8-512 --latents s3://... --run /shared/run
+
+Ray Train places the workers and replaces lost ones; each of them runs `latentclip.fit.Fit`, which goes on from the
+newest good checkpoint. Ctrl-C or SIGTERM ends the job with a checkpoint, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from tqdm import tqdm
+
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
+from latentclip.fit import Fit, Place
+from latentclip.model import build_model, resolve_config
+from latentclip.records import differences
+from latentclip.storage import Folder
+from pipelines.cluster import check_output, cluster, run_program
+from pipelines.configs import TrainConfig, parse, write_config
+from pipelines.experiments import EXPERIMENTS
+from pipelines.runlog import StageLog
+
+CONFIG = "train.config.json"
+FREE_TO_CHANGE = ("log_steps", "checkpoint_minutes", "keep_checkpoints")
+"""Settings that may differ when a run goes on: they do not change what is learned."""
+
+
+@ray.remote(num_cpus=0)
+class Desk:
+    """Where the program and rank 0 leave each other notes: the latest metrics, and the wish to stop."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.stop = False
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Rank 0's newest metrics."""
+        self.metrics = metrics
+
+    def ask_to_stop(self) -> None:
+        """Make rank 0 write a checkpoint and end."""
+        self.stop = True
+
+    def latest(self) -> dict[str, float]:
+        """The newest metrics; empty before the first step."""
+        return self.metrics
+
+    def stopped(self) -> bool:
+        """Whether rank 0 was asked to stop."""
+        return self.stop
+
+
+class StopWatch:
+    """Rank 0's view of the desk, asked in the background so that no step waits for the answer."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk, self.answer = desk, desk.stopped.remote()
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for, as far as is known by now."""
+        ready, _ = ray.wait([self.answer], timeout=0)
+        if not ready:
+            return False
+        stopped: bool = ray.get(self.answer)
+        self.answer = self.desk.stopped.remote()
+        return stopped
+
+
+def worker(arguments: dict[str, Any]) -> None:
+    """One rank of the training, in a process of its own."""
+    config: TrainConfig = arguments["config"]
+    context = ray.train.get_context()
+    torch.set_num_threads(arguments["threads"])
+    device = ray.train.torch.get_device()
+    place = Place(context.get_world_rank(), context.get_world_size(), device)
+    fit = Fit(
+        LatentDataset(config.latents),
+        Path(config.run),
+        config.settings,
+        place,
+        stop=StopWatch(arguments["desk"]),
+        report=arguments["desk"].report.remote,
+    )
+    fit.run()
+    if place.rank == 0:
+        Folder(config.run).replace("done.json", json.dumps({"step": fit.step, "progress": fit.progress}).encode())
+
+
+def check_run(config: TrainConfig) -> None:
+    """Raise UsageError if the run's folder belongs to another training."""
+    try:
+        before = json.loads(Folder(config.run).read(CONFIG))["settings"]
+    except FileNotFoundError:
+        return
+    now = json.loads(json.dumps(asdict(config.settings)))
+    for name in FREE_TO_CHANGE:
+        before.pop(name, None), now.pop(name, None)
+    if before != now:
+        raise UsageError(
+            f"the run {config.run} was begun with other settings ({differences(before, now)}); "
+            "use those, or another --run folder"
+        )
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Turn SIGINT and SIGTERM into an event, so that the workers can write a checkpoint before they end."""
+    asked = threading.Event()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit_on_ray(config: TrainConfig) -> bool:
+    """Run the workers to their end; returns whether the training was asked to stop before."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    threads = config.threads or max(1, (os.cpu_count() or 1) // (1 if gpus else config.workers))
+    desk = Desk.remote()  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="latentclip-train-") as scratch, stop_on_signal() as asked:
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config={"config": config, "threads": threads, "desk": desk},
+            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0),
+            # Ray keeps nothing of ours: checkpoints are the run's own, so its storage may vanish with the job.
+            run_config=ray.train.RunConfig(
+                storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=config.retries)
+            ),
+        )
+        outcome: list[BaseException] = []
+        thread = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train")
+        thread.start()
+        _show_progress(desk, thread, asked)
+        if outcome:
+            raise outcome[0]
+        return asked.is_set()
+
+
+def _show_progress(desk: Any, thread: threading.Thread, asked: threading.Event) -> None:
+    """A progress bar until the thread ends; tells the desk once a stop is asked for."""
+    told = False
+    layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
+    with tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar:
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+            if asked.is_set() and not told:
+                bar.write("train: stopping, the workers write a checkpoint")
+                desk.ask_to_stop.remote()
+                told = True
+            if metrics := ray.get(desk.latest.remote()):
+                text = "step {step:.0f}  loss {loss:.4f}  scale {logit_scale:.1f}  {samples_per_second:,.0f} samples/s"
+                bar.set_postfix_str(text.format(**metrics), refresh=False)
+                bar.update(100 * metrics["progress"] - bar.n)
+
+
+def _fit(trainer: TorchTrainer, outcome: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # raised in the thread that waits
+        outcome.append(error)
+
+
+def describe(config: TrainConfig) -> str:
+    """What would be trained on what, for the first line and for `--dry-run`. Raises UsageError for wrong input."""
+    dataset = LatentDataset(config.latents)
+    grid = dataset.dataset.latent_shape[-1]
+    model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
+    pairs = sum(shard.rows for shard in dataset.shards)
+    millions = sum(value.numel() for value in model.parameters()) / 1e6
+    return (
+        f"{config.settings.model} ({millions:.1f} M parameters) on {pairs} pairs in {len(dataset)} shards of "
+        f"{dataset.space}, batch {config.settings.batch_size}, {config.workers} workers"
+    )
+
+
+def run(config: TrainConfig) -> bool:
+    """The stage; returns whether the training reached its end. Raises UsageError for input that a user can mend."""
+    config = replace(config, run=config.run if "://" in config.run else str(Path(config.run).absolute()))
+    if "://" in config.run:
+        raise UsageError(f"the run {config.run!r} is a URL; give a folder that all workers share")
+    check_output_before = config.run
+    check_run(config)
+    print(f"train: {describe(config)}", flush=True)
+    if config.dry_run:
+        return True
+    with cluster(config.ray_address), StageLog(Folder(config.run), "train") as log:
+        check_output(check_output_before)
+        write_config(Folder(config.run), CONFIG, config)
+        try:
+            stopped = fit_on_ray(config)
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from None
+        log.samples = finished_steps(config) * config.settings.batch_size
+    return not stopped
+
+
+def finished_steps(config: TrainConfig) -> int:
+    """Steps that the run has behind it."""
+    return int(json.loads(Folder(config.run).read("done.json"))["step"])
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The UsageError inside Ray's error, if there is one."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in [error, *failures.values()]:
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UsageError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 trained, 130 stopped on request, 2 for wrong input."""
+    defaults = {name: (value.description, value.train) for name, value in EXPERIMENTS.items()}
+    _, config = parse(defaults, arguments, "train.py")
+    if not run(config):
+        print("stopped; run the same command to go on", file=sys.stderr)
+        return 130
+    print(f"train: done -> {config.run}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

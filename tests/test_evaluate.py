@@ -1,0 +1,216 @@
+"""The evaluation stage and its report, on a real local Ray with encoded pictures and an untrained model."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from latentclip.checkpoint import save_checkpoint
+from latentclip.codec import load_codec
+from latentclip.dataset import LatentDataset
+from latentclip.encode import EncodeSettings
+from latentclip.errors import UsageError
+from latentclip.intervals import Metric
+from latentclip.loaded import load
+from latentclip.model import build_model, resolve_config
+from latentclip.report import Credit
+from latentclip.text import load_tokenizer
+from pipelines import encode, evaluate
+from pipelines.configs import EncodeConfig, EvaluateConfig
+from pipelines.report import LatentSet, ReportSources, write_report
+from tests.latent_samples import fill
+
+COLOURS = {"dark_red": "darkred", "green": "green", "navy_blue": "navy", "yellow": "yellow", "white": "white"}
+RETRIEVAL = {
+    f"{way}_{what}" for way in ("image_to_text", "text_to_image") for what in ("r1", "r5", "r10", "median_rank")
+}
+ZERO_SHOT = {"top1", "top5", "mean_per_class_recall"}
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def write_pairs(path: Path, first: int, count: int) -> None:
+    """Discs of a few colours, and one file that is no image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + count):
+            label = list(COLOURS)[number % len(COLOURS)]
+            png = io.BytesIO()
+            Image.new("RGB", (32 + number, 40), COLOURS[label]).save(png, "PNG")
+            sample = {
+                "png": png.getvalue() if number != first else b"no image",
+                "txt": f"number {number} in {label.replace('_', ' ')}".encode(),
+                "json": json.dumps({"label": label, "number": number % 3}).encode(),
+            }
+            for extension, data in sample.items():
+                member = tarfile.TarInfo(f"{number:04d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """pairs/ and latents/ of two sets of 22 and 5 pictures, and a checkpoint in run/."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_pairs(root / "pairs/many/00000.tar", 0, 12)
+    write_pairs(root / "pairs/many/00001.tar", 12, 12)
+    write_pairs(root / "pairs/few/00000.tar", 24, 6)
+    for name in ("many", "few"):
+        settings = EncodeSettings(image_size=32, batch_size=8)
+        encode.run(EncodeConfig(f"{root}/pairs/{name}", f"{root}/latents/{name}", settings=settings, threads=1))
+    torch.manual_seed(0)
+    space = load_codec("demo").space
+    grid = 32 // space.factor
+    config = resolve_config("Latent-ViT-tiny", space, grid)
+    model = build_model(config, space, grid)
+    tokenizer = load_tokenizer(config)
+    folder = root / "run/checkpoints/step_2"
+    save_checkpoint(folder, model=model, config=config, space=space, grid=grid, tokenizer=tokenizer)
+    lines = [{"step": step, "loss": 2.0 - step, "learning_rate": 0.1, "logit_scale": 14.0} for step in (1, 1, 2)]
+    (root / "run/samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
+    return root
+
+
+@pytest.fixture
+def config(root: Path, tmp_path: Path) -> EvaluateConfig:
+    return EvaluateConfig(f"{root}/run", (f"{root}/latents/many",), str(tmp_path / "out"), batch_size=5)
+
+
+def test_one_set(config: EvaluateConfig, root: Path) -> None:
+    metrics = evaluate.run(config)
+    out = Path(config.out)
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == RETRIEVAL
+    assert {Metric(**metric).n for metric in metrics.values()} == {22}
+    assert metrics["image_to_text_r1"]["chance"] == pytest.approx(1 / 22)
+    assert json.loads((out / "evaluate.config.json").read_text())["batch_size"] == 5
+    (entry,) = json.loads((out / "evaluate.log.json").read_text())
+    assert (entry["samples"], entry["outcome"]) == (22, "done")
+
+
+def test_features_are_those_of_the_model_in_the_order_of_the_shards(config: EvaluateConfig, root: Path) -> None:
+    dataset = LatentDataset(root / "latents/many")
+    embedded = evaluate.embed(config, {"many": dataset})["many"]
+    rows = list(dataset)
+    assert embedded.keys == [key for shard in rows for key in shard.keys]
+    assert embedded.captions == [caption for shard in rows for caption in shard.captions]
+    assert embedded.shards == [info.url for info in dataset.shards for _ in range(info.rows)]
+    latents = torch.cat([torch.from_numpy(shard.latents[0].copy()) for shard in rows])
+    expected = load(config.checkpoint).encode_latents(latents, dataset.space)
+    torch.testing.assert_close(embedded.features, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_named_sets_and_zero_shot(config: EvaluateConfig, root: Path) -> None:
+    sets = (f"a/many={root}/latents/many", f"a/few={root}/latents/few")
+    metrics = evaluate.run(replace(config, latents=sets, label_column="label"))
+    assert set(metrics) == {"a/many", "a/few"}
+    assert set(metrics["a/few"]) == RETRIEVAL | ZERO_SHOT
+    assert metrics["a/few"]["image_to_text_r1"]["n"] == 5
+    assert metrics["a/few"]["top1"]["chance"] == pytest.approx(1 / len(COLOURS))
+    assert metrics["a/few"]["top5"]["value"] == 1
+
+
+def test_class_names_and_templates_from_files(config: EvaluateConfig, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("zero\none\ntwo\nthree\n")
+    (tmp_path / "templates.txt").write_text("number {}\n")
+    files = {"class_names": str(tmp_path / "names.txt"), "templates": str(tmp_path / "templates.txt")}
+    metrics = evaluate.run(replace(config, label_column="number", **files))
+    assert metrics["top1"]["chance"] == pytest.approx(1 / 4)
+    with pytest.raises(UsageError, match="--class-names"):
+        evaluate.run(replace(config, label_column="number"))
+    with pytest.raises(UsageError, match="--label-column"):
+        evaluate.run(replace(config, **files))
+
+
+def test_images_of_one_caption_are_all_right(config: EvaluateConfig, root: Path) -> None:
+    embedded = evaluate.embed(config, {"few": LatentDataset(root / "latents/few")})["few"]
+    same = replace(embedded, captions=["a picture"] * len(embedded.keys))
+    texts = {"a picture": torch.ones(embedded.features.shape[1])}
+    metrics, _ = evaluate.retrieve(same, texts, torch.device("cpu"), seed=0)
+    assert metrics["image_to_text_r1"].value == metrics["text_to_image_r1"].value == 1
+
+
+def test_latents_of_another_space(config: EvaluateConfig, tmp_path: Path) -> None:
+    fill(tmp_path / "other", shards=1)
+    with pytest.raises(UsageError, match=r"other is of latent space test .* but the checkpoint .*step_2 is of demo"):
+        evaluate.run(replace(config, latents=(str(tmp_path / "other"),)))
+    assert not Path(config.out).exists()
+
+
+def test_unknown_label_column(config: EvaluateConfig) -> None:
+    with pytest.raises(UsageError, match=r"no column 'class'; its columns are: label, number"):
+        evaluate.run(replace(config, label_column="class"))
+
+
+def test_changed_shard(config: EvaluateConfig, root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "latents"
+    copy.mkdir()
+    for file in (root / "latents/few").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    data = bytearray((copy / "00000.parquet").read_bytes())
+    data[50] ^= 1
+    (copy / "00000.parquet").write_bytes(data)
+    with pytest.raises(UsageError, match=r"00000.parquet was changed"):
+        evaluate.run(replace(config, latents=(str(copy),)))
+
+
+@pytest.mark.parametrize(
+    ("latents", "sources"),
+    [
+        (("a/b",), {"": "a/b"}),
+        (("one=a", "two=s3://b/date=3"), {"one": "a", "two": "s3://b/date=3"}),
+        (("s3://b/date=3",), {"": "s3://b/date=3"}),
+    ],
+)
+def test_names_of_sets(latents: tuple[str, ...], sources: dict[str, str]) -> None:
+    assert evaluate.named_sources(latents) == sources
+
+
+@pytest.mark.parametrize("latents", [("a", "b"), ("x=a", "b"), ("x=a", "x=b"), ()])
+def test_sets_without_a_name_of_their_own(latents: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=r"NAME=SOURCE|--latents"):
+        evaluate.named_sources(latents)
+
+
+def test_program_writes_a_report(config: EvaluateConfig, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = evaluate.main(
+        ["demo", "--checkpoint", config.checkpoint, "--latents", *config.latents, "--out", config.out]
+    )
+    page = (Path(config.out) / "report.html").read_text()
+    assert status == 0
+    assert f"{config.out}/report.html" in capsys.readouterr().out
+    assert "image_to_text_r1" not in page  # shown as words
+    for expected in ("loss over training steps", "From caption to image", "image broken", "open_clip_torch"):
+        assert expected.replace("image broken", "image format") in page
+    assert "decoded" not in page  # without the pairs there is nothing to compare with
+
+
+def test_report_of_several_sets_is_self_contained(config: EvaluateConfig, root: Path) -> None:
+    names = ("many", "few")
+    evaluate.run(replace(config, latents=tuple(f"{name}={root}/latents/{name}" for name in names)))
+    sets = {name: LatentSet(f"{root}/latents/{name}", f"{root}/pairs/{name}") for name in names}
+    sources = ReportSources(
+        out=config.out,
+        sets=sets,
+        title="Discs",
+        headline="Of a few colours.",
+        run=f"{root}/run",
+        notes=("Nothing was trained.",),
+        credits=(Credit("Discs", "CC0"),),
+        galleries=("few",),
+    )
+    page = Path(write_report(sources)).read_text()
+    assert "From image to caption: few" in page
+    assert "From image to caption: many" not in page
+    assert re.search(r"decoded \d+\.\d dB", page)
+    assert "Nothing was trained." in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search(r"@import|url\((?!#)|<script|<link", page)
