@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from latentclip.encode import EncodeSettings
-from latentclip.fit import Flat, FitSettings
+from latentclip.fit import FitSettings, Flat
 from latentclip.storage import Folder
 
 
