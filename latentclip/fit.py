@@ -80,6 +80,22 @@ class Place:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+def check_settings(dataset: LatentDataset, settings: FitSettings, world_size: int = 1) -> None:
+    """Raise UsageError, before anything is built, if this data cannot be trained on with these settings."""
+    if (settings.steps is None) == (settings.max_minutes is None):
+        raise UsageError("give either --steps or --max-minutes, to say how long to train")
+    if settings.batch_size % world_size:
+        raise UsageError(
+            f"a batch of {settings.batch_size} cannot be shared by {world_size} workers; use a multiple of {world_size}"
+        )
+    pairs = sum(shard.rows for shard in dataset.shards)
+    if settings.batch_size > pairs:
+        raise UsageError(
+            f"a batch of {settings.batch_size} is larger than the data set of {pairs} pairs; "
+            f"give --batch-size {pairs} or less"
+        )
+
+
 class Fit:
     """One training run; `run` does it. Every rank makes its own, with the same dataset and settings.
 
@@ -97,8 +113,7 @@ class Fit:
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, float]], None] = print,
     ) -> None:
-        if (settings.steps is None) == (settings.max_minutes is None):
-            raise UsageError("give either --steps or --max-minutes, to say how long to train")
+        check_settings(dataset, settings, (place or Place()).world_size)
         self.dataset, self.run_folder, self.settings = dataset, run, settings
         self.place = place or Place()
         self.stop, self.report = stop, report

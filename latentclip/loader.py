@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentclip.dataset import LatentDataset
-from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.order import SampleOrder, key_words, mix
 from latentclip.shards import LatentRows
@@ -55,8 +54,7 @@ class LatentLoader:
         plain_share: float = 0.0,
         space: LatentSpace | None = None,
     ) -> None:
-        if batch_size % world_size:
-            raise UsageError(f"a batch of {batch_size} cannot be shared by {world_size} workers; use a multiple of it")
+        assert batch_size % world_size == 0, "every rank takes the same part of a batch"
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.seed = seed
@@ -66,10 +64,6 @@ class LatentLoader:
         self.views = dataset.dataset.views
         self.plain_share = plain_share
         self.order = SampleOrder([shard.rows for shard in dataset.shards], seed, window)
-        if batch_size > self.order.size:
-            raise UsageError(
-                f"a batch of {batch_size} is larger than the data set of {self.order.size} pairs; use a smaller batch"
-            )
         # This window and the next: the thread that reads ahead crosses from one into the other.
         self._shard = lru_cache(maxsize=2 * window)(self._read)
 

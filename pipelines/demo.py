@@ -19,28 +19,28 @@ import ray
 import tyro
 from tqdm import tqdm
 
-from latentclip.report import Credit
+from latentclip.report import Credit, Stage
 from latentclip.storage import Folder
 from latentclip.verify import verify
 from pipelines import emoji_pairs, encode, evaluate, train
 from pipelines.cluster import cluster, run_program
 from pipelines.configs import EncodeConfig
 from pipelines.experiments import DEMO, DEMO_SETS
-from pipelines.report import ReportSources, write_report
-from pipelines.runlog import StageLog
+from pipelines.report import LatentSet, ReportSources, write_report
+from pipelines.runlog import StageLog, read_log
 
-NOTES = [
+NOTES = (
     "Known concepts in the training style measure memory, unseen concepts measure generalisation: 200 base concepts "
     "were held out with all their skin tones and genders, and one drawing of each is judged.",
     "Style transfer is hard: no OpenMoji drawing was trained on, and a model that has seen one hand draw does not "
     "recognise most things that another hand drew. The OpenMoji rows stand far above chance and far below the others.",
     "About one unseen concept in seven is a country's flag, which cannot be told from its name alone.",
-]
-CREDITS = [
+)
+CREDITS = (
     Credit(emoji_pairs.ATTRIBUTION["twemoji"], "CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
     Credit(emoji_pairs.ATTRIBUTION["openmoji"], "CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
     Credit("Sentence encoder all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
-]
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,22 @@ def encode_configs(config: DemoConfig) -> list[EncodeConfig]:
     return [both["train"], plain]
 
 
-def run(config: DemoConfig) -> Path:
+def stage_of_pairs(config: DemoConfig) -> Stage:
+    """The rendering of the pairs, for the report."""
+    entries = read_log(Folder(f"{config.out}/pairs"), "pairs.log.json")
+    seconds, count = (sum(entry[name] for entry in entries) for name in ("seconds", "samples"))
+    return Stage("pairs", "SVG drawings rendered on white", seconds, count)
+
+
+def run(config: DemoConfig) -> str:
     """All stages; returns the report's path."""
     config = replace(config, out=str(Path(config.out).absolute()))
     sets = {f"{split}/{style}": (split, style, folder) for split, style, folder in DEMO_SETS}
     latents = {name: f"{config.out}/latents/{f}/{split}-{style}-*.parquet" for name, (split, style, f) in sets.items()}
     pairs = {name: f"{config.out}/pairs/{f}/{split}-{style}-*.tar" for name, (split, style, f) in sets.items()}
     settings = replace(DEMO.train.settings, seed=config.seed, steps=config.steps or DEMO.train.settings.steps)
+    if config.limit:
+        settings = replace(settings, batch_size=min(settings.batch_size, config.limit))
     with cluster():
         write_pairs(config)
         for one in encode_configs(config):
@@ -103,9 +112,12 @@ def run(config: DemoConfig) -> Path:
             "learned to match them with their names. Every figure below was measured in this run.",
             out=config.out,
             run=config.out,
-            sets={name: (latents[name], pairs[name]) for name in sets},
+            sets={name: LatentSet(latents[name], pairs[name]) for name in sets},
             notes=NOTES,
             credits=CREDITS,
+            stages=(stage_of_pairs(config),),
+            galleries=("unseen/twemoji", "unseen/openmoji"),
+            examples=("known/twemoji", "known/openmoji"),
         )
     )
 

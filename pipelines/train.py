@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
-from latentclip.fit import Fit, Place
+from latentclip.fit import Fit, Place, check_settings
 from latentclip.model import build_model, resolve_config
 from latentclip.records import differences
 from latentclip.storage import Folder
@@ -184,6 +184,7 @@ def _fit(trainer: TorchTrainer, outcome: list[BaseException]) -> None:
 def describe(config: TrainConfig) -> str:
     """What would be trained on what, for the first line and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
+    check_settings(dataset, config.settings, config.workers)
     grid = dataset.dataset.latent_shape[-1]
     model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)
