@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from latent_samples import fill
 from PIL import Image
@@ -19,7 +21,6 @@ from latentclip.checkpoint import save_checkpoint
 from latentclip.model import build_model, resolve_config
 from latentclip.shards import read_shard
 from latentclip.text import load_tokenizer
-from pipelines.cluster import cluster
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -31,6 +32,15 @@ def run_block(beginning: str, **names: Any) -> dict[str, Any]:
     variables = {"__name__": "__main__", **names}
     exec(compile(block, "README.md", "exec"), variables)
     return variables
+
+
+@contextmanager
+def one_core_ray() -> Iterator[None]:
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -63,6 +73,7 @@ def test_the_notebook_view(capsys: pytest.CaptureFixture[str]) -> None:
     assert clip.encode_latents(torch.zeros(2, 16, 8, 8)).shape == (2, 64)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # its own options, which it reads itself
 @pytest.mark.parametrize("library", ["numpy", "datasets", "duckdb", "ray"])
 def test_latents_are_read_elsewhere(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(library) is None:
@@ -71,6 +82,6 @@ def test_latents_are_read_elsewhere(library: str, tmp_path: Path, monkeypatch: p
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "latents", shards=1)
-    with cluster() if library == "ray" else nullcontext():
+    with one_core_ray() if library == "ray" else nullcontext():
         latents = run_block(f"# {library}", C=4, H=2, W=3)["latents"]
     np.testing.assert_array_equal(np.stack(list(latents)), read_shard("latents/00000.parquet").latents[0])
