@@ -199,6 +199,8 @@ class Fit:
                 f"step {self.step}: {error}; nothing of it was saved (last good checkpoint: {good}), "
                 "lower the learning rate and train on"
             ) from None
+        if self.place.world_size > 1:  # each rank's loss is that of its part of the batch
+            torch.distributed.all_reduce(metrics["loss"].div_(self.place.world_size))
         if self.place.rank == 0:
             keys = batch["keys"] if self.place.world_size == 1 else self.loader.keys(self.step)
             position = self.step * settings.batch_size

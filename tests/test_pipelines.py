@@ -93,7 +93,7 @@ def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: 
     )
     assert [line["keys_hash"] for line in one] == [line["keys_hash"] for line in two]
     for mine, theirs in zip(one, two, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
 def test_a_killed_encode_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_killed_encode_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     process = start("encode", *options, "--latents", str(tmp_path / "killed"))
     read_until(process, "shards=1/6")
     process.kill()
-    process.wait()
+    process.communicate()
     assert verify(str(tmp_path / "killed"), str(pairs)).state == "incomplete"
     for name in ("killed", "whole"):
         process = start("encode", *options, "--latents", str(tmp_path / name))
