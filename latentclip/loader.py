@@ -14,6 +14,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,14 +23,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentclip.containers import view_names
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
 from latentclip.order import SampleOrder, key_words, mix
-from latentclip.shards import LatentRows
 
 Batch = dict[str, Any]
 READ_AHEAD = 4
 """Batches prepared ahead of the training step."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard in memory. Captions are tokenised once, when it is read: that costs more than reading it."""
+
+    keys: NDArray[Any]
+    words: NDArray[np.uint64]
+    latents: list[NDArray[np.float16]]
+    text: Tensor
 
 
 class LatentLoader:
@@ -107,25 +118,26 @@ class LatentLoader:
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of one step."""
         epochs, shards, rows = self.order.locate(self.positions(step)[self.part])
-        latents: NDArray[Any] | None = None
-        keys, captions = [""] * len(rows), [""] * len(rows)
-        seeds = np.zeros(len(rows), np.uint64)
+        keys = np.empty(len(rows), object)
+        seeds = np.empty(len(rows), np.uint64)
+        latents = np.empty((len(rows), *self.dataset.dataset.latent_shape), np.float32)
+        text: Tensor | None = None
         for number in np.unique(shards):
             inside = np.flatnonzero(shards == number)
-            stored, hashes = self._shard(int(number))
-            seeds[inside] = mix(self.seed, epochs[inside], hashes[rows[inside]])
+            shard, chosen = self._shard(int(number)), rows[inside]
+            keys[inside] = shard.keys[chosen]
+            seeds[inside] = mix(self.seed, epochs[inside], shard.words[chosen])
             views = self._views(seeds[inside])
-            for place, row, view in zip(inside, rows[inside], views, strict=True):
-                keys[place], captions[place] = stored.keys[row], stored.captions[row]
-                if latents is None:
-                    latents = np.empty((len(rows), *stored.latents[0].shape[1:]), stored.latents[0].dtype)
-                latents[place] = stored.latents[view][row]
-        assert latents is not None
-        values = torch.from_numpy(latents.astype(np.float32))
+            for view in np.unique(views):
+                same = views == view
+                latents[inside[same]] = shard.latents[view][chosen[same]]
+            if text is None:
+                text = shard.text.new_empty(len(rows), shard.text.shape[1])
+            text[torch.from_numpy(inside)] = shard.text[torch.from_numpy(chosen)]
         return {
-            "latents": self.dataset.space.convert(values, self.space),
-            "text": self.tokenizer(captions),
-            "keys": keys,
+            "latents": self.dataset.space.convert(torch.from_numpy(latents), self.space),
+            "text": text,
+            "keys": keys.tolist(),
             "seeds": torch.from_numpy((seeds >> np.uint64(1)).astype(np.int64)),
             "epoch": int(epochs[0]),
         }
@@ -133,7 +145,7 @@ class LatentLoader:
     def keys(self, step: int) -> list[str]:
         """Keys of the global batch of a step, over all ranks."""
         _, shards, rows = self.order.locate(self.positions(step))
-        return [self._shard(int(shard))[0].keys[row] for shard, row in zip(shards, rows, strict=True)]
+        return [self._shard(int(shard)).keys[row] for shard, row in zip(shards, rows, strict=True)]
 
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The view (n,) of samples with these seeds (n,)."""
@@ -141,9 +153,9 @@ class LatentLoader:
         any_view = (seeds & np.uint64(0xFFFFFFFF)) % np.uint64(self.views)
         return np.where(share < self.plain_share, 0, any_view).astype(np.int64)
 
-    def _read(self, number: int) -> tuple[LatentRows, NDArray[np.uint64]]:
-        rows = self.dataset.read(number)
-        return rows, key_words(rows.keys)
+    def _read(self, number: int) -> _Shard:
+        rows = self.dataset.read(number, columns=["caption", *view_names(self.views)])
+        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.latents, self.tokenizer(rows.captions))
 
 
 def keys_hash(keys: list[str]) -> str:

@@ -177,9 +177,10 @@ def plan(out: str, limit: int | None = None) -> list[PairShardPlan]:
 
 
 def write_shard(shard: PairShardPlan, size: int) -> int:
-    """Render and publish one shard unless it is there already; returns its number of pairs."""
+    """Render and publish one shard; returns how many pairs it wrote: none if the shard is there already."""
     folder = Folder(shard.folder)
-    if not folder.exists(shard.name):
-        folder.create(shard.name, shard_bytes(shard.part, shard.style, size))
-        folder.create("ATTRIBUTION.txt", "".join(f"{line}\n" for line in ATTRIBUTION.values()).encode())
+    if folder.exists(shard.name):
+        return 0
+    folder.create(shard.name, shard_bytes(shard.part, shard.style, size))
+    folder.create("ATTRIBUTION.txt", "".join(f"{line}\n" for line in ATTRIBUTION.values()).encode())
     return len(shard.part)
