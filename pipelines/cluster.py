@@ -20,6 +20,18 @@ import ray
 
 from latentclip.errors import UsageError
 
+LOCAL_ENVIRONMENT = {
+    # glibc gives large blocks back to the kernel at each free: on a CPU half of a training step was page faults.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    # The machine is the user's own, and its work is what the user waits for.
+    "RAY_worker_niceness": "0",
+    # Ray Data's own actors make Ray's core complain.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+"""Environment of a local cluster's processes, where the user has not set it."""
+
 LOCAL_OBJECT_STORE = 256 * 2**20
 """Bytes of shared memory of a local cluster: only names and records cross it, never pixels or latents."""
 
@@ -40,7 +52,8 @@ def cluster(address: str | None = None) -> Iterator[None]:
         if address:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data's own actors make its core complain
+            for name, value in LOCAL_ENVIRONMENT.items():  # Ray's processes inherit it
+                os.environ.setdefault(name, value)
             # Logical CPUs: two training workers and their helpers must fit on two cores, where waiting is cheap.
             cpus = max(8, os.cpu_count() or 1)
             ray.init(
