@@ -87,6 +87,11 @@ def _stopped_by(number: int) -> Iterator[None]:
         signal.signal(number, before)
 
 
+def absolute(source: str) -> str:
+    """Local paths (one, or several separated by commas) made absolute, since workers may run in another directory."""
+    return ",".join(part if "://" in part else str(Path(part).absolute()) for part in source.split(","))
+
+
 def check_output(path: str) -> None:
     """Refuse an output that would be lost or scattered; call it before any work.
 

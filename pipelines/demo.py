@@ -102,9 +102,7 @@ def run(config: DemoConfig) -> str:
         for one in encode_configs(config):
             encode.run(one)
             print(f"verify: {Path(one.latents).name} is {verify(one.latents, one.pairs).state}", flush=True)
-        if not train.run(
-            replace(DEMO.train, latents=f"{config.out}/latents/train", run=config.out, settings=settings)
-        ):
+        if not train.run(replace(DEMO.train, latents=f"{config.out}/latents/train", run=config.out, settings=settings)):
             raise KeyboardInterrupt  # it was asked to stop, and has written a checkpoint
         judged = tuple(f"{name}={source}" for name, source in latents.items())
         evaluate.run(replace(DEMO.evaluate, checkpoint=config.out, latents=judged, out=config.out))

@@ -41,7 +41,7 @@ DEMO = Experiment(
         run="runs/demo",
         settings=FitSettings(
             model="Latent-ResNet-10-MiniLM",
-            steps=950,
+            steps=800,
             batch_size=1024,
             optimisation=Optimisation(
                 learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"

@@ -162,7 +162,7 @@ def _figures(evaluations: list[Evaluation], counts: list[Counts], training: Trai
         figures.append((f"{100 * evaluation.metrics[measure].value:.1f} %", f"{what}, {evaluation.name}"))
     figures.append((f"{sum(count.stored for count in counts):,}", "images judged"))
     if training:
-        figures.append((f"{training.steps[-1]:,}", "training steps"))
+        figures.append((f"{training.steps[-1] + 1:,}", "training steps"))
     return figures
 
 

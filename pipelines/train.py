@@ -28,13 +28,14 @@ import torch
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
+from latentclip.checkpoint import newest_good, read_json
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, Place, check_settings
 from latentclip.model import build_model, resolve_config
 from latentclip.records import differences
 from latentclip.storage import Folder
-from pipelines.cluster import check_output, cluster, run_program
+from pipelines.cluster import absolute, check_output, cluster, run_program
 from pipelines.configs import TrainConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
@@ -101,8 +102,6 @@ def worker(arguments: dict[str, Any]) -> None:
         report=arguments["desk"].report.remote,
     )
     fit.run()
-    if place.rank == 0:
-        Folder(config.run).replace("done.json", json.dumps({"step": fit.step, "progress": fit.progress}).encode())
 
 
 def check_run(config: TrainConfig) -> None:
@@ -197,28 +196,33 @@ def describe(config: TrainConfig) -> str:
 
 def run(config: TrainConfig) -> bool:
     """The stage; returns whether the training reached its end. Raises UsageError for input that a user can mend."""
-    config = replace(config, run=config.run if "://" in config.run else str(Path(config.run).absolute()))
-    if "://" in config.run:
-        raise UsageError(f"the run {config.run!r} is a URL; give a folder that all workers share")
-    check_output_before = config.run
+    given = config.run
+    if "://" in given:
+        raise UsageError(f"the run {given!r} is a URL; give a folder that all workers share")
+    settings = config.settings
+    if Path(settings.model).is_file():
+        settings = replace(settings, model=absolute(settings.model))
+    config = replace(config, run=absolute(given), latents=absolute(config.latents), settings=settings)
     check_run(config)
     print(f"train: {describe(config)}", flush=True)
     if config.dry_run:
         return True
     with cluster(config.ray_address), StageLog(Folder(config.run), "train") as log:
-        check_output(check_output_before)
+        check_output(given)
+        before = finished_steps(config)
         write_config(Folder(config.run), CONFIG, config)
         try:
             stopped = fit_on_ray(config)
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from None
-        log.samples = finished_steps(config) * config.settings.batch_size
+        log.samples = (finished_steps(config) - before) * config.settings.batch_size
     return not stopped
 
 
 def finished_steps(config: TrainConfig) -> int:
     """Steps that the run has behind it."""
-    return int(json.loads(Folder(config.run).read("done.json"))["step"])
+    good = newest_good(Path(config.run))
+    return int(read_json(good, "state.json")["step"]) if good else 0
 
 
 def _cause(error: BaseException) -> BaseException:
