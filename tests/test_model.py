@@ -109,7 +109,7 @@ def test_frozen_text_tower_and_small_resnet(capfd: pytest.CaptureFixture[str]) -
     tokens = load_tokenizer(resolve_config("Latent-ResNet-10-MiniLM", SMALL, 8))(["a cat", "a dog"])
     assert capfd.readouterr() == ("", "")
     assert isinstance(model.text, FrozenTextEncoder)
-    assert model.encode_text(tokens).shape == model.encode_image(torch.randn(2, 16, 8, 8)).shape == (2, 256)
+    assert model.encode_text(tokens).shape == model.encode_image(torch.randn(2, 16, 8, 8)).shape == (2, 384)
     trained = {name.split(".")[0] for name, p in model.text.named_parameters() if p.requires_grad}
     assert trained == {"proj"}
 
