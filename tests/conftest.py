@@ -9,8 +9,8 @@ import pytest
 from pipelines.cluster import cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray cluster, started once and stopped at the end."""
+    """A local Ray cluster for the tests of one module."""
     with cluster():
         yield
