@@ -37,8 +37,8 @@ class _Rows:
 
     def __init__(self, schema: pa.Schema, stem: str, columns: PairColumns) -> None:
         self.stem, self.columns = stem, columns
-        self.image = _pick(schema, columns.image, _is_image, "an image", "--image-columns")
-        self.caption = _pick(schema, columns.caption, _is_text, "a caption", "--caption-columns")
+        self.image = _pick(schema, columns.image, _is_image, "an image", "--columns.image")
+        self.caption = _pick(schema, columns.caption, _is_text, "a caption", "--columns.caption")
         self.key = columns.key if columns.key in schema.names else None
         taken = {self.image, self.caption, self.key}
         self.metadata = [field.name for field in schema if field.name not in taken and not _holds_binary(field.type)]

@@ -32,9 +32,9 @@ from pipelines.runlog import StageLog, read_log
 NOTES = (
     "Known concepts in the training style measure memory, unseen concepts measure generalisation: 200 base concepts "
     "were held out with all their skin tones and genders, and one drawing of each is judged.",
-    "Style transfer is hard: no OpenMoji drawing was trained on, and a model that has seen one hand draw does not "
-    "recognise most things that another hand drew. The OpenMoji rows stand far above chance and far below the others.",
-    "About one unseen concept in seven is a country's flag, which cannot be told from its name alone.",
+    "Style transfer is hard: no OpenMoji drawing was trained on, and a model that has seen one hand draw need not "
+    "recognise what another hand drew. Read the OpenMoji rows beside chance and beside the Twemoji rows.",
+    "Some unseen concepts are flags of countries, whose colours their names do not give away.",
 )
 CREDITS = (
     Credit(emoji_pairs.ATTRIBUTION["twemoji"], "CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),

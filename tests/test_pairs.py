@@ -345,7 +345,7 @@ def test_parquet_rows_with_invalid_utf8_cost_only_themselves(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("columns", "option"),
-    [({"txt": ["a"], "image": ["path.jpg"]}, "--image-columns"), ({"jpg": [JPEG], "label": [1]}, "--caption-columns")],
+    [({"txt": ["a"], "image": ["path.jpg"]}, "--columns.image"), ({"jpg": [JPEG], "label": [1]}, "--columns.caption")],
 )
 def test_parquet_without_a_needed_column_says_what_to_pass(
     tmp_path: Path, columns: dict[str, Any], option: str
