@@ -27,7 +27,7 @@ from latentclip.encode import ShardEncoder, dataset_file
 from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
 from latentclip.shards import finished
 from latentclip.storage import Folder, list_shards
-from pipelines.cluster import absolute, check_output, cluster, run_program
+from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EncodeConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
@@ -108,9 +108,9 @@ def encode_shards(config: EncodeConfig, todo: list[tuple[str, int]]) -> Iterator
 
 def run(config: EncodeConfig) -> dict[str, Any]:
     """The stage: encode what is not encoded yet; returns its counts and what went wrong."""
-    given = config.latents
+    check_output(config.latents)
     codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
-    config = replace(config, pairs=absolute(config.pairs), latents=absolute(given), codec=codec)
+    config = replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
     todo, done = remaining(config)
     dataset = dataset_file(load_codec(config.codec), config.settings)
     latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
@@ -119,7 +119,7 @@ def run(config: EncodeConfig) -> dict[str, Any]:
         return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
     folder = Folder(config.latents)
     with cluster(config.ray_address), StageLog(folder, "encode") as log:
-        check_output(given)
+        warn_unless_shared(config.latents)
         dataset.publish(folder)
         total: dict[str, Any] = {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
         if not todo:

@@ -35,7 +35,7 @@ from latentclip.fit import Fit, Place, check_settings
 from latentclip.model import build_model, resolve_config
 from latentclip.records import differences
 from latentclip.storage import Folder
-from pipelines.cluster import absolute, check_output, cluster, run_program
+from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import TrainConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
@@ -196,19 +196,19 @@ def describe(config: TrainConfig) -> str:
 
 def run(config: TrainConfig) -> bool:
     """The stage; returns whether the training reached its end. Raises UsageError for input that a user can mend."""
-    given = config.run
-    if "://" in given:
-        raise UsageError(f"the run {given!r} is a URL; give a folder that all workers share")
+    if "://" in config.run:
+        raise UsageError(f"the run {config.run!r} is a URL; give a folder that all workers share")
+    check_output(config.run)
     settings = config.settings
     if Path(settings.model).is_file():
         settings = replace(settings, model=absolute(settings.model))
-    config = replace(config, run=absolute(given), latents=absolute(config.latents), settings=settings)
+    config = replace(config, run=absolute(config.run), latents=absolute_source(config.latents), settings=settings)
     check_run(config)
     print(f"train: {describe(config)}", flush=True)
     if config.dry_run:
         return True
     with cluster(config.ray_address), StageLog(Folder(config.run), "train") as log:
-        check_output(given)
+        warn_unless_shared(config.run)
         before = finished_steps(config)
         write_config(Folder(config.run), CONFIG, config)
         try:

@@ -215,8 +215,8 @@ def test_changed_shard(config: EvaluateConfig, root: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("latents", "sources"),
     [
-        (("a/b",), {"": "a/b"}),
-        (("one=a", "two=s3://b/date=3"), {"one": "a", "two": "s3://b/date=3"}),
+        (("a/b",), {"": f"{Path.cwd()}/a/b"}),
+        (("one=a", "two=s3://b/date=3"), {"one": f"{Path.cwd()}/a", "two": "s3://b/date=3"}),
         (("s3://b/date=3",), {"": "s3://b/date=3"}),
     ],
 )
