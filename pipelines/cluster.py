@@ -109,15 +109,22 @@ def absolute_source(source: str) -> str:
 
 
 def check_output(path: str) -> None:
-    """Refuse an output that would be lost: a relative path in a submitted job, whose working directory Ray deletes.
+    """Refuse an output that cannot be written, or would be lost; call it before any work.
 
-    Call it before any work, so that nothing is written there first.
+    What would be lost is a relative path in a submitted job, whose working directory Ray deletes.
     """
-    if "://" not in path and not Path(path).is_absolute() and "working_dir_files" in Path.cwd().parts:
+    if "://" in path:
+        return
+    if not Path(path).is_absolute() and "working_dir_files" in Path.cwd().parts:
         raise UsageError(
             f"the output {path!r} is relative and would land in the job's temporary directory; "
             "give an absolute path or a URL"
         )
+    there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"the output {path!r} cannot be a folder, since {there} is a file; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"the output {path!r} cannot be written, since {there} is read-only; give another")
 
 
 def warn_unless_shared(path: str) -> None:
@@ -135,7 +142,17 @@ def run_program(program: Callable[[Sequence[str]], int], arguments: Sequence[str
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except OSError as error:
+        if not _names_a_file(error):
+            raise
+        print(f"error: {error}; check that it can be reached and written, and run the same command", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("stopped; run the same command to go on", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _names_a_file(error: OSError) -> bool:
+    """Whether a disk or a store refused: those errors name the file, or the URL. Ray's own carry tracebacks."""
+    return not isinstance(error, ray.exceptions.RayError) and (error.filename is not None or "://" in str(error))

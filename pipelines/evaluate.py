@@ -175,8 +175,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     sets = {name: LatentDataset(source) for name, source in named_sources(config.latents).items()}
     clip = load(config.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(config)
+    codec = load_codec(config.codec) if config.codec else None
     for dataset in sets.values():
         check(clip, dataset, config.label_column)
+        if codec:  # the report would refuse it too, after the work
+            dataset.space.require_same_encoder(codec.space, mine=dataset.source, theirs="the codec for the report")
     folder = Folder(config.out)
     with cluster(config.ray_address), StageLog(folder, "evaluate") as log:
         warn_unless_shared(config.out)

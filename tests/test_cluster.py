@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from latentclip.errors import UsageError
-from pipelines.cluster import absolute_source, check_output
+from pipelines.cluster import absolute_source, check_output, run_program
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,39 @@ def test_a_relative_output_is_refused_only_in_a_submitted_job(tmp_path: Path, mo
         check_output("latents")
     for output in ("/shared/latents", "s3://bucket/latents"):
         check_output(output)
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for output in ("file", "file/latents"):
+        with pytest.raises(UsageError, match=r"cannot be a folder, since .*/file is a file"):
+            check_output(str(tmp_path / output))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_output_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="is read-only"):
+        check_output(str(tmp_path / "latents"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device", "/out/00000.parquet"), OSError("s3://out/x: access denied")],
+)
+def test_a_refusal_of_a_disk_or_a_store_is_one_sentence(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    def program(_: Sequence[str]) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_program(program, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {error}; check that")
+
+
+def test_our_own_bugs_keep_their_traceback() -> None:
+    def program(_: Sequence[str]) -> int:
+        raise TimeoutError("nothing was named")
+
+    with pytest.raises(TimeoutError):
+        run_program(program, [])

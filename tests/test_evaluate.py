@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from latent_samples import fill
@@ -192,6 +193,19 @@ def test_latents_of_another_space(config: EvaluateConfig, tmp_path: Path) -> Non
     fill(tmp_path / "other", shards=1)
     with pytest.raises(UsageError, match=r"other is of latent space test .* but the checkpoint .*step_2 is of demo"):
         evaluate.run(replace(config, latents=(str(tmp_path / "other"),)))
+    assert not Path(config.out).exists()
+
+
+def test_a_codec_of_another_space_is_refused_before_the_work(config: EvaluateConfig, tmp_path: Path) -> None:
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).save_pretrained(tmp_path / "codec")
+    with pytest.raises(UsageError, match=r"but the codec for the report is of codec \(4 channels"):
+        evaluate.run(replace(config, codec=str(tmp_path / "codec")))
     assert not Path(config.out).exists()
 
 

@@ -17,6 +17,7 @@ from latent_samples import fill
 
 from latentclip.augment import LatentAugmentation
 from latentclip.checkpoint import newest_good
+from latentclip.errors import UsageError
 from latentclip.fit import FitSettings
 from latentclip.training import Optimisation
 from latentclip.verify import verify
@@ -80,6 +81,17 @@ def test_a_limit_bounds_the_pairs(ray_cluster: None, tmp_path: Path) -> None:
     config = replace(encode_config(pairs, tmp_path / "latents"), limit=7)
     assert encode.run(config)["stored"] == 7
     assert sorted(path.name for path in (tmp_path / "latents").glob("*.parquet")) == ["00000.parquet", "00001.parquet"]
+    assert verify(config.latents, str(pairs)).state == "complete"
+    with pytest.raises(UsageError, match="limit is 7 there and None here; choose another output folder"):
+        encode.run(replace(config, limit=None))
+
+
+def test_a_shard_that_cannot_be_written_does_not_stop_the_others(ray_cluster: None, tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=2, rows=3)
+    (tmp_path / "latents" / "00000.parquet").mkdir(parents=True)
+    total = encode.run(encode_config(pairs, tmp_path / "latents"))
+    assert total["stored"] == 3
+    assert [problem.partition(" is not encoded: ")[0] for problem in total["problems"]] == [str(pairs / "00000.tar")]
 
 
 def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: Path) -> None:
@@ -144,6 +156,14 @@ Program = Callable[[Sequence[str]], int]
         (encode.main, ["demo", "--pairs", "empty", "--latents", "out"], "empty"),
         (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--codec", "./none"], "no codec directory"),
         (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--image-size", "60"], "factor 8"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--batch-size", "0"], "--batch-size is 0"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--kind", "sample"], "demo is deterministic"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "pairs/00000.tar/out"], "00000.tar is a file"),
+        (encode.main, ["nonsense", "--pairs", "pairs", "--latents", "out"], "choose one of demo, photos"),
+        (train.main, ["demo", "--latents", "latents", "--run", "pairs/00000.tar"], "00000.tar is a file"),
+        (train.main, ["demo", "--latents", "latents", "--run", "out", "--steps", "0"], "--steps is 0"),
+        (train.main, ["demo", "--latents", "latents", "--run", "out", "--max-minutes", "1"], "either --steps or"),
+        (train.main, ["demo", "--latents", "pairs", "--run", "out"], "pairs holds no latents"),
         (train.main, ["demo", "--latents", "nowhere", "--run", "out"], "nowhere"),
         (train.main, ["demo", "--latents", "latents", "--run", "out", "--batch-size", "5000"], "--batch-size 12"),
         (evaluate.main, ["photos", "--checkpoint", "nowhere", "--latents", "latents", "--out", "out"], "nowhere"),
@@ -171,7 +191,9 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["demo", "--no-such-flag"], []])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["demo", "--no-such-flag"], ["demo", "--limit", "0"], ["demo", "--limit", "few"], []]
+)
 def test_an_unknown_experiment_or_flag_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_program(encode.main, arguments)
