@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 class UsageError(ValueError):
     """Something a user can mend; the message says in one sentence what is wrong and what to do.
@@ -16,3 +19,8 @@ def require_at_least(least: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
+
+
+def drop_stdout() -> None:
+    """Let a program end quietly after BrokenPipeError (`... | head`): Python would write the rest at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,7 +19,7 @@ from types import FrameType
 import ray
 import ray.data  # before its loggers are silenced, since importing it sets their levels
 
-from latentclip.errors import UsageError
+from latentclip.errors import UsageError, drop_stdout
 
 LOCAL_ENVIRONMENT = {
     # glibc gives large blocks back to the kernel at each free: on a CPU half of a training step was page faults.
@@ -47,7 +47,7 @@ def cluster(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = joins(address)
     for name in ("ray", "ray.data", "ray._private.authentication"):  # a stage has a progress bar of its own
         logging.getLogger(name).setLevel(logging.ERROR)
     _default_environment(QUIET)
@@ -76,6 +76,11 @@ def cluster(address: str | None = None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def joins(address: str | None) -> str | None:
+    """The address of the cluster that is joined, which may grow; None for a local one, which cannot."""
+    return address or os.environ.get("RAY_ADDRESS")
 
 
 def _default_environment(values: dict[str, str]) -> None:
@@ -142,6 +147,9 @@ def run_program(program: Callable[[Sequence[str]], int], arguments: Sequence[str
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except BrokenPipeError:
+        drop_stdout()
+        status = 1
     except OSError as error:
         if not _names_a_file(error):
             raise

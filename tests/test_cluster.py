@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,3 +75,20 @@ def test_our_own_bugs_keep_their_traceback() -> None:
 
     with pytest.raises(TimeoutError):
         run_program(program, [])
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("from pipelines.cluster import run_program; run_program(lambda _: print('x' * 10**6) or 0)", 1),
+        ("import sys; from latentclip.__main__ import main; sys.argv[1:] = ['--help']; sys.exit(main())", 3),
+    ],
+)
+def test_a_reader_that_leaves_early_gets_no_traceback(program: str, status: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        ended = subprocess.run(
+            [sys.executable, "-u", "-c", program], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (status, "")

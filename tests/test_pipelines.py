@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from demo_pairs import emoji_shards
-from latent_samples import fill
+from latent_samples import SPACE, fill
 
 from latentclip.augment import LatentAugmentation
 from latentclip.checkpoint import newest_good
+from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
-from latentclip.fit import FitSettings
+from latentclip.fit import Fit, FitSettings
 from latentclip.training import Optimisation
 from latentclip.verify import verify
 from pipelines import encode, evaluate, train
@@ -106,6 +108,39 @@ def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: 
     assert [line["keys_hash"] for line in one] == [line["keys_hash"] for line in two]
     for mine, theirs in zip(one, two, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train.run(config)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+
+
+def test_more_workers_than_fit_on_a_local_cluster_are_a_sentence(ray_cluster: None, tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=99, latent_shape=(4, 4, 4))
+    config = train_config(tmp_path / "latents", tmp_path / "run", batch_size=99)
+    with pytest.raises(UsageError, match=r"99 workers need a .PU each, and the cluster has .* give --workers"):
+        train.run(replace(config, workers=99))
+
+
+def test_a_run_of_another_latent_space_is_refused_before_any_worker_starts(tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=12, latent_shape=(4, 4, 4))
+    space = replace(SPACE, name="other", encoder_hash="f" * 16)
+    fill(tmp_path / "others", shards=1, rows=12, latent_shape=(4, 4, 4), latent_space=space)
+    config = train_config(tmp_path / "others", tmp_path / "run", steps=1)
+    Fit(LatentDataset(tmp_path / "latents"), tmp_path / "run", config.settings).run()
+    with pytest.raises(UsageError, match=r"others is of latent space other .* but the run .*step_00000001 is of test"):
+        train.run(config)
+
+
+def test_a_training_that_waits_for_workers_can_be_stopped(ray_cluster: None, tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=99, latent_shape=(4, 4, 4))
+    options = ("photos", "--latents", str(tmp_path / "latents"), "--run", str(tmp_path / "run"))
+    options += ("--model", "Latent-ViT-tiny", "--batch-size", "99", "--workers", "99")
+    process = start("train", *options, "--ray-address", ray.get_runtime_context().gcs_address)
+    read_until(process, "and the cluster has")
+    read_until(process, "train:   0%")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped; run the same command to go on" in output
 
 
 def test_a_killed_encode_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
