@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from latentclip.errors import UsageError
+from latentclip.errors import UsageError, drop_stdout
 from latentclip.verify import verify
 
 USAGE_ERROR = 3
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:
+        drop_stdout()
         return USAGE_ERROR
     except SystemExit as error:  # tyro's 2 for unknown options would read as "corrupt"
         return USAGE_ERROR if error.code else 0

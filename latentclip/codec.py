@@ -54,7 +54,9 @@ class Codec:
         output = self.module.encode(self._input(pixels), return_dict=False)[0]
         if isinstance(output, Tensor):
             if kind != "mean":
-                raise UsageError(f"codec {self.space.name} is deterministic and has no {kind}; use kind='mean'")
+                raise UsageError(
+                    f"codec {self.space.name} is deterministic, without a {kind}; use the mean (--kind mean)"
+                )
             return self._scale(output.float(), scaled)
         mean = self._scale(output.mean.float(), scaled)
         if kind == "mean":
@@ -63,6 +65,12 @@ class Codec:
         if kind == "moments":
             return torch.cat([mean, log_variance], dim=1)
         return mean + torch.exp(0.5 * log_variance) * _noise(mean, seeds)
+
+    @torch.no_grad()
+    def require_kind(self, kind: Kind) -> None:
+        """Raise UsageError, before any image is read, for a kind the autoencoder has not."""
+        if kind != "mean":
+            self.encode(torch.zeros(1, 3, _PROBE, _PROBE), kind=kind, seeds=[0])
 
     def decode(self, latents: Tensor, *, scaled: bool = True) -> Tensor:
         """Decode latents (b, c, h, w), scaled or raw, to float32 pixels (b, 3, H, W) in [-1, 1]."""

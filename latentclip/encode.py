@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from latentclip.codec import Codec
+from latentclip.errors import require_at_least
 from latentclip.images import ImageLimits, Mode, open_image, to_square
 from latentclip.latent_space import Kind
 from latentclip.order import key_words, mix
@@ -60,6 +61,9 @@ class EncodeSettings:
     """What images are refused before they are decoded."""
     columns: PairColumns = field(default_factory=PairColumns)
     """Where image, caption and key stand in a pair."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, image_size=self.image_size, views=self.views, batch_size=self.batch_size)
 
     def preprocessing(self) -> dict[str, Any]:
         """What the dataset file says of the way from pixels to latents."""
@@ -188,8 +192,9 @@ def sample_seeds(seed: int, keys: list[str], padding: int = 0) -> list[int]:
 def dataset_file(codec: Codec, settings: EncodeSettings) -> DatasetFile:
     """The dataset file of latents that `codec` makes with `settings`.
 
-    Raises UsageError if the image size is no multiple of the codec's factor.
+    Raises UsageError if the image size is no multiple of the codec's factor, or the codec has no such posterior.
     """
+    codec.require_kind(settings.kind)
     seed = settings.seed if settings.kind == "sample" else None
     space = codec.space.with_storage(scaled=settings.scaled, kind=settings.kind, seed=seed)
     grid = space.grid(settings.image_size)

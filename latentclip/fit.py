@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from latentclip.augment import LatentAugmentation, augment_latents
 from latentclip.checkpoint import newest_good, read_json, read_model, read_space, read_tensors, save_checkpoint
 from latentclip.dataset import LatentDataset
-from latentclip.errors import UsageError
+from latentclip.errors import UsageError, require_at_least
 from latentclip.loader import Batch, LatentLoader, keys_hash
 from latentclip.model import build_model, resolve_config
 from latentclip.order import mix
@@ -84,11 +84,18 @@ def check_settings(dataset: LatentDataset, settings: FitSettings, world_size: in
     """Raise UsageError, before anything is built, if this data cannot be trained on with these settings."""
     if (settings.steps is None) == (settings.max_minutes is None):
         raise UsageError("give either --steps or --max-minutes, to say how long to train")
+    counted = ("steps", "batch_size", "keep_checkpoints", "log_steps")
+    require_at_least(1, **{name: getattr(settings, name) for name in counted})
+    require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
     if settings.batch_size % world_size:
         raise UsageError(
             f"a batch of {settings.batch_size} cannot be shared by {world_size} workers; use a multiple of {world_size}"
         )
     pairs = sum(shard.rows for shard in dataset.shards)
+    if not pairs:
+        raise UsageError(
+            f"{dataset.source} holds no latents, since no pair was stored; see its records for the reasons"
+        )
     if settings.batch_size > pairs:
         raise UsageError(
             f"a batch of {settings.batch_size} is larger than the data set of {pairs} pairs; "

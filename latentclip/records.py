@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 RECORD_SUFFIX = ".record.json"
+_SHOWN = 6
+"""Differences that are listed."""
 _GENERATION = re.compile(r"(?P<stem>.+?)(?:\.g(?P<generation>[1-9][0-9]*))?")
 
 
@@ -151,6 +153,8 @@ class DatasetFile:
     """Image size, resize mode, recipe of the views, caption limit, ..."""
     container: Literal["parquet", "webdataset"] = "parquet"
     views: int = 1
+    limit: int | None = None
+    """Only so many pairs of the input were meant to be encoded."""
     software: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -255,14 +259,19 @@ def _json(values: dict[str, Any]) -> bytes:
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What differs between two nested configurations, in words, with both values."""
-    theirs, mine = _flat(there), _flat(here)
-    names = [name for name in sorted(theirs | mine) if theirs.get(name) != mine.get(name)]
-    return "; ".join(f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here" for name in names)
+    found = list(_differences(there, here))
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted(there.keys() | here.keys()):
+        theirs, mine = there.get(name), here.get(name)
+        if isinstance(theirs, dict) and isinstance(mine, dict):
+            yield from _differences(theirs, mine, f"{prefix}{name}.")
+        elif theirs != mine:
+            yield f"{prefix}{name} is {_in_words(theirs)} there and {_in_words(mine)} here"
+
+
+def _in_words(value: Any) -> str:
+    return "given" if isinstance(value, dict) else repr(value)

@@ -85,7 +85,8 @@ def list_shards(source: str | Path, suffixes: tuple[str, ...]) -> list[str]:
             `.` or `_`, are passed over in folders and patterns.
 
     Raises:
-        UsageError: nothing there, or two shards of one stem (their outputs would have one name).
+        UsageError: nothing there, a file of another suffix, or two shards of one stem (their outputs would have one
+            name).
     """
     with ThreadPoolExecutor(16) as pool:
         shards = [
@@ -127,7 +128,9 @@ def _items(source: str) -> list[str]:
 def _expand(item: str, suffixes: tuple[str, ...]) -> list[str]:
     """The shards of one folder, one pattern or one file."""
     if "://" not in item and Path(item).is_file():
-        return [item]
+        if not item.endswith(suffixes):
+            raise UsageError(f"{item} is no shard, since its name ends in none of {', '.join(suffixes)}; name others")
+        return [str(Path(item).absolute())]
     folder, name = locate(item)
     if any(character in name for character in "*?["):
         pattern = name
@@ -136,7 +139,7 @@ def _expand(item: str, suffixes: tuple[str, ...]) -> list[str]:
     else:
         folder, pattern = Folder(item), "*"
         if not folder.names():
-            raise UsageError(f"{item} does not exist or is empty; check the path")
+            raise UsageError(f"{item} does not exist or holds no files; check the path")
     names = [name for name in folder.names() if name.endswith(suffixes) and not name.startswith((".", "_"))]
     return [folder.path(name) for name in names if fnmatch.fnmatchcase(name, pattern)]
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,8 @@ def verify(latents: str, pairs: str | None = None) -> Report:
     report = Report(shards=len(records))
     report.unfinished_shards = list(_unfinished(folder.names(), records))
     if pairs:
+        if _limit_is_reached(folder, dataset, records):
+            sources = {stem: url for stem, url in sources.items() if stem in records}
         report.missing_shards = sorted(set(sources) - set(records))
         report.unmatched_shards = sorted(set(records) - set(sources))
     stems = sorted(set(sources) | set(records))
@@ -124,6 +127,16 @@ def verify(latents: str, pairs: str | None = None) -> Report:
         for checked in tqdm(results, total=len(stems), unit="shard", disable=None):
             _count(report, checked)
     return report
+
+
+def _limit_is_reached(folder: Folder, dataset: DatasetFile, records: dict[str, str]) -> bool:
+    """Whether as many pairs were encoded as were meant to be, so that the other pair shards are not missing."""
+    if dataset.limit is None:
+        return False
+    try:
+        return sum(Record.read(folder, name).counts.planned for name in records.values()) >= dataset.limit
+    except ShardCorrupt:  # named when its shard is checked
+        return False
 
 
 def _unfinished(names: Iterable[str], records: dict[str, str]) -> Iterator[str]:
@@ -148,23 +161,23 @@ def _count(report: Report, checked: _Checked) -> None:
 def _check(folder: Folder, dataset: DatasetFile, stem: str, record_file: str | None, source: str | None) -> _Checked:
     """Check one shard against its record and its pair shard, of which one may be missing."""
     if record_file is None:
-        return _check_pending(stem, source)
+        return _check_pending(dataset, stem, source)
     record = None
     try:
         record = Record.read(folder, record_file)
         url = folder.path(record.data)
         rows = read_shard(url, checksum=record.sha256, size=record.bytes, dataset=dataset)
-        problem = _problem(record, rows, folder) or (_source_problem(record, rows, source) if source else "")
+        problem = _problem(record, rows, folder) or (_source_problem(dataset, record, rows, source) if source else "")
     except (UsageError, FileNotFoundError) as error:
         problem = str(error)
     return _Checked(stem, record, problem)
 
 
-def _check_pending(stem: str, source: str | None) -> _Checked:
+def _check_pending(dataset: DatasetFile, stem: str, source: str | None) -> _Checked:
     """Count the samples of a pair shard that was not encoded; one that cannot be read at all counts as truncated."""
     assert source is not None
     try:
-        keys, _, truncated = _planned_keys(source)
+        keys, _, truncated = _planned_keys(source, dataset)
     except UsageError:
         return _Checked(stem, truncated=True)
     return _Checked(stem, pending=keys.total(), truncated=truncated)
@@ -181,9 +194,10 @@ def _problem(record: Record, rows: LatentRows, folder: Folder) -> str:
     return ""
 
 
-def _source_problem(record: Record, rows: LatentRows, source: str) -> str:
+def _source_problem(dataset: DatasetFile, record: Record, rows: LatentRows, source: str) -> str:
     """Whether the keys of the pair shard are the stored and the unstored ones, each as often."""
-    planned, size, truncated = _planned_keys(source)
+    limit = record.counts.planned if dataset.limit is not None else None
+    planned, size, truncated = _planned_keys(source, dataset, limit)
     if size != record.input.bytes or (truncated and not record.truncated):
         return f"was made of another {record.input.name} ({record.input.bytes} bytes, now {size})"
     accounted = Counter(rows.keys) + Counter(record.unstored_keys())
@@ -191,13 +205,20 @@ def _source_problem(record: Record, rows: LatentRows, source: str) -> str:
     if not lost and not invented:
         return ""
     examples = ", ".join(repr(key) for key in [*lost, *invented][:3])
+    if lost == planned:
+        return f"has no key of {source} ({examples}, ...); give the pairs that it was made of"
     return f"lost {lost.total()} and invented {invented.total()} keys of {source} ({examples})"
 
 
-def _planned_keys(source: str) -> tuple[Counter[str], int, bool]:
-    """How often each key is planned in a pair shard, its size in bytes, and whether it ends early."""
-    from latentclip.pairs import PairShard
+def _planned_keys(source: str, dataset: DatasetFile, limit: int | None = None) -> tuple[Counter[str], int, bool]:
+    """How often each key is planned in (the beginning of) a pair shard, its size, and whether it ends early."""
+    from latentclip.pairs import PairColumns, PairShard
 
-    shard = PairShard(source)
-    keys = Counter(item.key for item in shard)
+    columns = dataset.preprocessing.get("columns", {})
+    shard = PairShard(source, PairColumns(**{name: _frozen(value) for name, value in columns.items()}))
+    keys = Counter(item.key for item in islice(iter(shard), limit))
     return keys, shard.size, shard.truncated
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has no tuples

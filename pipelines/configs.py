@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from latentclip.encode import EncodeSettings
+from latentclip.errors import UsageError, require_at_least
 from latentclip.fit import FitSettings, Flat
 from latentclip.storage import Folder
 
@@ -26,7 +27,7 @@ class EncodeConfig:
     """Autoencoder: `demo` (packaged), a local directory in diffusers layout, or a hub name."""
     settings: Annotated[EncodeSettings, Flat] = field(default_factory=EncodeSettings)
     limit: int | None = None
-    """Encode only the first so many pairs."""
+    """Encode only the first so many pairs. Another limit needs another output folder."""
     encoders: int | None = None
     """Encoder actors; default: one for each GPU of the cluster, or one without GPUs."""
     threads: int | None = None
@@ -35,6 +36,9 @@ class EncodeConfig:
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, limit=self.limit, encoders=self.encoders, threads=self.threads)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class TrainConfig:
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, workers=self.workers, threads=self.threads)
+        require_at_least(0, retries=self.retries)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,9 @@ class EvaluateConfig:
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
 
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_size=self.batch_size)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -98,13 +109,19 @@ Config = TypeVar("Config", EncodeConfig, TrainConfig, EvaluateConfig)
 
 
 def parse(defaults: Mapping[str, tuple[str, Config]], arguments: Sequence[str], program: str) -> tuple[str, Config]:
-    """Read `EXPERIMENT --flag value ...`; returns the experiment's name and its configuration with the overrides."""
+    """Read `EXPERIMENT --flag value ...`; returns the experiment's name and its configuration with the overrides.
+
+    Raises UsageError for an unknown experiment, and for a value that its configuration refuses.
+    """
+    name = arguments[0] if arguments else "-"
+    if not name.startswith("-") and name not in defaults:
+        raise UsageError(f"there is no experiment {name!r}; choose one of {', '.join(defaults)}")
     config = tyro.extras.overridable_config_cli(
         {name: (description, value) for name, (description, value) in defaults.items()},
         args=list(arguments),
         prog=program,
     )
-    return arguments[0], config
+    return name, config
 
 
 def write_config(folder: Folder, name: str, config: Any) -> None:

@@ -23,7 +23,7 @@ from latentclip.report import Credit, Stage
 from latentclip.storage import Folder
 from latentclip.verify import verify
 from pipelines import emoji_pairs, encode, evaluate, train
-from pipelines.cluster import cluster, run_program
+from pipelines.cluster import check_output, cluster, run_program
 from pipelines.configs import EncodeConfig
 from pipelines.experiments import DEMO, DEMO_SETS
 from pipelines.report import LatentSet, ReportSources, write_report
@@ -90,6 +90,7 @@ def stage_of_pairs(config: DemoConfig) -> Stage:
 
 def run(config: DemoConfig) -> str:
     """All stages; returns the report's path."""
+    check_output(config.out)
     config = replace(config, out=str(Path(config.out).absolute()))
     sets = {f"{split}/{style}": (split, style, folder) for split, style, folder in DEMO_SETS}
     latents = {name: f"{config.out}/latents/{f}/{split}-{style}-*.parquet" for name, (split, style, f) in sets.items()}

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from latentclip.codec import load_codec
 from latentclip.encode import ShardEncoder, dataset_file
+from latentclip.errors import UsageError
 from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
 from latentclip.shards import finished
 from latentclip.storage import Folder, list_shards
-from pipelines.cluster import absolute, check_output, cluster, run_program
+from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EncodeConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
@@ -49,11 +50,12 @@ class Encoder:
         return {name: [result[name] for result in results] for name in results[0]}
 
     def encode(self, url: str, limit: int) -> dict[str, Any]:
-        """Encode one shard; a shard that cannot be read is an answer, not an exception, so that the others go on."""
+        """Encode one shard; one that cannot be read or written is an answer, not an exception: the others go on."""
         try:
             record = self.encoder.encode(url, limit if limit >= 0 else None)
-        except ShardUnreadable as error:
-            return {"shard": url, "planned": 0, "stored": 0, "rejected": 0, "problem": str(error)}
+        except (UsageError, OSError) as error:
+            problem = str(error) if isinstance(error, ShardUnreadable) else f"{url} is not encoded: {error}"
+            return {"shard": url, "planned": 0, "stored": 0, "rejected": 0, "problem": problem}
         problem = f"{Path(url).name} is cut off; what could be read is stored" if record.truncated else ""
         counts = {name: getattr(record.counts, name) for name in ("planned", "stored", "rejected")}
         return {"shard": url, **counts, "problem": problem}
@@ -108,18 +110,18 @@ def encode_shards(config: EncodeConfig, todo: list[tuple[str, int]]) -> Iterator
 
 def run(config: EncodeConfig) -> dict[str, Any]:
     """The stage: encode what is not encoded yet; returns its counts and what went wrong."""
-    given = config.latents
+    check_output(config.latents)
     codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
-    config = replace(config, pairs=absolute(config.pairs), latents=absolute(given), codec=codec)
+    config = replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
     todo, done = remaining(config)
-    dataset = dataset_file(load_codec(config.codec), config.settings)
+    dataset = replace(dataset_file(load_codec(config.codec), config.settings), limit=config.limit)
     latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
     print(f"encode: {done} shards done, {len(todo)} to do, {latents}", flush=True)
     if config.dry_run:
         return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
     folder = Folder(config.latents)
     with cluster(config.ray_address), StageLog(folder, "encode") as log:
-        check_output(given)
+        warn_unless_shared(config.latents)
         dataset.publish(folder)
         total: dict[str, Any] = {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
         if not todo:
@@ -147,6 +149,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"warning: {problem}", file=sys.stderr)
     seconds = time.monotonic() - start
     print(f"encode: {total['stored']} stored, {total['rejected']} rejected in {seconds:.1f} s -> {config.latents}")
+    if total["rejected"]:
+        print(f"encode: python -m latentclip verify {config.latents} counts the rejects by reason")
     return 1 if total["problems"] else 0
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from latentclip.loaded import Loaded, load
 from latentclip.retrieval import Ranking, evaluate_retrieval, gallery, unique_captions
 from latentclip.storage import Folder
 from latentclip.zero_shot import Classes, class_features, evaluate_zero_shot, read_classes, read_templates
-from pipelines.cluster import check_output, cluster, run_program
+from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EvaluateConfig, parse, write_config
 from pipelines.embedding import Embedded, embed
 from pipelines.experiments import EXPERIMENTS
@@ -43,7 +43,10 @@ _TEXTS_AT_ONCE = 512
 
 
 def named_sources(latents: Sequence[str]) -> dict[str, str]:
-    """Where each set is: NAME=SOURCE by name, or a single SOURCE under `UNNAMED`; raises UsageError for a mixture."""
+    """Where each set is: NAME=SOURCE by name, or a single SOURCE under `UNNAMED`; raises UsageError for a mixture.
+
+    Local paths are made absolute.
+    """
     sources: dict[str, str] = {}
     for value in latents:
         name, equals, source = value.partition("=")
@@ -56,7 +59,7 @@ def named_sources(latents: Sequence[str]) -> dict[str, str]:
         raise UsageError(f"the set {sources[UNNAMED]!r} has no name; give several sets as NAME=SOURCE")
     if not sources:
         raise UsageError("there are no latents to evaluate; give --latents")
-    return sources
+    return {name: absolute_source(source) for name, source in sources.items()}
 
 
 def check(clip: Loaded, dataset: LatentDataset, label_column: str | None) -> None:
@@ -167,14 +170,19 @@ def _classes_of(labels: Sequence[str | int], column: str | None) -> Classes:
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """The stage: writes metrics.json and galleries.json and returns the metrics, by set if the sets are named."""
+    check_output(config.out)
+    config = replace(config, checkpoint=absolute(config.checkpoint))  # actors may run in another directory
     sets = {name: LatentDataset(source) for name, source in named_sources(config.latents).items()}
     clip = load(config.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(config)
+    codec = load_codec(config.codec) if config.codec else None
     for dataset in sets.values():
         check(clip, dataset, config.label_column)
+        if codec:  # the report would refuse it too, after the work
+            dataset.space.require_same_encoder(codec.space, mine=dataset.source, theirs="the codec for the report")
     folder = Folder(config.out)
     with cluster(config.ray_address), StageLog(folder, "evaluate") as log:
-        check_output(config.out)
+        warn_unless_shared(config.out)
         write_config(folder, "evaluate.config.json", config)
         embedded = embed(config, sets)
         log.samples = sum(len(images.keys) for images in embedded.values())

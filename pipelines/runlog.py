@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -35,9 +36,10 @@ class StageLog:
             "host": platform.node(),
             "outcome": kind.__name__ if kind else "done",
         }
-        self.folder.replace(
-            self.name, (json.dumps([*read_log(self.folder, self.name), entry], indent=1) + "\n").encode()
-        )
+        # An output that refuses the log must not hide what went wrong before.
+        with suppress(OSError) if kind else nullcontext():
+            entries = [*read_log(self.folder, self.name), entry]
+            self.folder.replace(self.name, (json.dumps(entries, indent=1) + "\n").encode())
 
 
 def read_log(folder: Folder, name: str) -> list[dict[str, Any]]:

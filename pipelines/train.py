@@ -28,14 +28,14 @@ import torch
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
-from latentclip.checkpoint import newest_good, read_json
+from latentclip.checkpoint import newest_good, read_json, read_space
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, Place, check_settings
 from latentclip.model import build_model, resolve_config
 from latentclip.records import differences
 from latentclip.storage import Folder
-from pipelines.cluster import absolute, check_output, cluster, run_program
+from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
 from pipelines.configs import TrainConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
@@ -51,7 +51,16 @@ class Desk:
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
+        self.running = False
         self.stop = False
+
+    def begin(self) -> None:
+        """A worker is up."""
+        self.running = True
+
+    def begun(self) -> bool:
+        """Whether a worker ever was up."""
+        return self.running
 
     def report(self, metrics: dict[str, float]) -> None:
         """Rank 0's newest metrics."""
@@ -88,6 +97,7 @@ class StopWatch:
 
 def worker(arguments: dict[str, Any]) -> None:
     """One rank of the training, in a process of its own."""
+    arguments["desk"].begin.remote()
     config: TrainConfig = arguments["config"]
     context = ray.train.get_context()
     torch.set_num_threads(arguments["threads"])
@@ -148,7 +158,8 @@ def fit_on_ray(config: TrainConfig) -> bool:
             ),
         )
         outcome: list[BaseException] = []
-        thread = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train")
+        # A daemon, since it never ends where the workers never come.
+        thread = threading.Thread(target=_fit, args=(trainer, outcome), name="ray-train", daemon=True)
         thread.start()
         _show_progress(desk, thread, asked)
         if outcome:
@@ -157,13 +168,18 @@ def fit_on_ray(config: TrainConfig) -> bool:
 
 
 def _show_progress(desk: Any, thread: threading.Thread, asked: threading.Event) -> None:
-    """A progress bar until the thread ends; tells the desk once a stop is asked for."""
+    """A progress bar until the thread ends; tells the desk once a stop is asked for.
+
+    Raises KeyboardInterrupt if no worker is up by then: there is nothing to save, and nobody to be told.
+    """
     told = False
     layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
     with tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar:
         while thread.is_alive():
             thread.join(timeout=0.5)
             if asked.is_set() and not told:
+                if not ray.get(desk.begun.remote()):
+                    raise KeyboardInterrupt
                 bar.write("train: stopping, the workers write a checkpoint")
                 desk.ask_to_stop.remote()
                 told = True
@@ -184,6 +200,9 @@ def describe(config: TrainConfig) -> str:
     """What would be trained on what, for the first line and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
     check_settings(dataset, config.settings, config.workers)
+    if checkpoint := newest_good(Path(config.run)):
+        theirs, _ = read_space(checkpoint)
+        dataset.space.require_same_encoder(theirs, mine=dataset.source, theirs=f"the run {checkpoint}")
     grid = dataset.dataset.latent_shape[-1]
     model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)
@@ -196,19 +215,20 @@ def describe(config: TrainConfig) -> str:
 
 def run(config: TrainConfig) -> bool:
     """The stage; returns whether the training reached its end. Raises UsageError for input that a user can mend."""
-    given = config.run
-    if "://" in given:
-        raise UsageError(f"the run {given!r} is a URL; give a folder that all workers share")
+    if "://" in config.run:
+        raise UsageError(f"the run {config.run!r} is a URL; give a folder that all workers share")
+    check_output(config.run)
     settings = config.settings
     if Path(settings.model).is_file():
         settings = replace(settings, model=absolute(settings.model))
-    config = replace(config, run=absolute(given), latents=absolute(config.latents), settings=settings)
+    config = replace(config, run=absolute(config.run), latents=absolute_source(config.latents), settings=settings)
     check_run(config)
     print(f"train: {describe(config)}", flush=True)
-    if config.dry_run:
+    if config.dry_run or is_finished(config):
         return True
     with cluster(config.ray_address), StageLog(Folder(config.run), "train") as log:
-        check_output(given)
+        warn_unless_shared(config.run)
+        check_workers(config)
         before = finished_steps(config)
         write_config(Folder(config.run), CONFIG, config)
         try:
@@ -217,6 +237,30 @@ def run(config: TrainConfig) -> bool:
             raise _cause(error) from None
         log.samples = (finished_steps(config) - before) * config.settings.batch_size
     return not stopped
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether the run has its last checkpoint, so that there is nothing to do."""
+    good, settings = newest_good(Path(config.run)), config.settings
+    if good is None:
+        return False
+    state = read_json(good, "state.json")
+    if settings.steps is not None:
+        return bool(state["step"] >= settings.steps)
+    assert settings.max_minutes is not None
+    return bool(state["elapsed"] >= 60 * settings.max_minutes)
+
+
+def check_workers(config: TrainConfig) -> None:
+    """Raise UsageError for workers that a local cluster never has room for; say so where a joined one may grow."""
+    resources = ray.cluster_resources()
+    kind = "GPU" if resources.get("GPU") else "CPU"
+    if config.workers <= (room := int(resources.get(kind, 0))):
+        return
+    short = f"{config.workers} workers need a {kind} each, and the cluster has {room}"
+    if not joins(config.ray_address):
+        raise UsageError(f"{short}; give --workers {room} or less, or join a larger one with --ray-address")
+    print(f"train: {short}; waiting for more", flush=True)
 
 
 def finished_steps(config: TrainConfig) -> int:

@@ -104,6 +104,12 @@ def test_sample_depends_on_its_seed_alone(kl: Path) -> None:
         codec.encode(images(), kind="sample", seeds=[1])
 
 
+def test_a_codec_without_a_posterior_says_so_before_any_image(kl: Path) -> None:
+    load_codec(kl).require_kind("sample")
+    with pytest.raises(UsageError, match="deterministic, without a moments"):
+        load_codec("demo").require_kind("moments")
+
+
 def test_moments_describe_the_samples(kl: Path) -> None:
     codec = load_codec(kl)
     one = images(1).expand(256, -1, -1, -1)

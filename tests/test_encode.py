@@ -128,6 +128,21 @@ def test_a_folder_of_other_latents_is_refused_before_any_write(tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "latents").iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"image_size": 0}, "--image-size is 0; give at least 1"),
+        ({"views": 0}, "--views is 0"),
+        ({"batch_size": -1}, "--batch-size is -1"),
+        ({"kind": "sample"}, "codec demo is deterministic"),
+    ],
+)
+def test_settings_that_encode_nothing_are_refused(tmp_path: Path, settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        encoder(tmp_path / "latents", **settings)
+    assert not (tmp_path / "latents").exists()
+
+
 def test_an_image_size_must_fit_the_codec(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no multiple of the codec's factor 8"):
         encoder(tmp_path, image_size=60)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from latent_samples import fill
@@ -195,6 +196,19 @@ def test_latents_of_another_space(config: EvaluateConfig, tmp_path: Path) -> Non
     assert not Path(config.out).exists()
 
 
+def test_a_codec_of_another_space_is_refused_before_the_work(config: EvaluateConfig, tmp_path: Path) -> None:
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).save_pretrained(tmp_path / "codec")
+    with pytest.raises(UsageError, match=r"but the codec for the report is of codec \(4 channels"):
+        evaluate.run(replace(config, codec=str(tmp_path / "codec")))
+    assert not Path(config.out).exists()
+
+
 def test_unknown_label_column(config: EvaluateConfig) -> None:
     with pytest.raises(UsageError, match=r"no column 'class'; its columns are: label, number"):
         evaluate.run(replace(config, label_column="class"))
@@ -215,8 +229,8 @@ def test_changed_shard(config: EvaluateConfig, root: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("latents", "sources"),
     [
-        (("a/b",), {"": "a/b"}),
-        (("one=a", "two=s3://b/date=3"), {"one": "a", "two": "s3://b/date=3"}),
+        (("a/b",), {"": f"{Path.cwd()}/a/b"}),
+        (("one=a", "two=s3://b/date=3"), {"one": f"{Path.cwd()}/a", "two": "s3://b/date=3"}),
         (("s3://b/date=3",), {"": "s3://b/date=3"}),
     ],
 )

@@ -107,6 +107,9 @@ def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> 
         ({"max_minutes": 1.0}, "either --steps or --max-minutes"),
         ({"batch_size": 4096}, "larger than the data set of 48 pairs"),
         ({"model": "Latent-Nothing"}, "Latent-Nothing"),
+        ({"steps": 0}, "--steps is 0; give at least 1"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"optimisation": Optimisation(learning_rate=-1.0)}, "--learning-rate is -1.0; give at least 0"),
     ],
 )
 def test_wrong_settings_are_a_sentence(
@@ -114,6 +117,12 @@ def test_wrong_settings_are_a_sentence(
 ) -> None:
     with pytest.raises(UsageError, match=sentence):
         fit(latents, tmp_path, **changes)
+
+
+def test_latents_without_a_row_are_a_sentence(tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=0)
+    with pytest.raises(UsageError, match="holds no latents, since no pair was stored"):
+        fit(LatentDataset(tmp_path / "latents"), tmp_path / "run")
 
 
 def test_a_diverging_loss_saves_nothing(latents: LatentDataset, tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 from demo_pairs import emoji_shards
-from latent_samples import fill
+from latent_samples import SPACE, fill
 
 from latentclip.augment import LatentAugmentation
 from latentclip.checkpoint import newest_good
-from latentclip.fit import FitSettings
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
+from latentclip.fit import Fit, FitSettings
 from latentclip.training import Optimisation
 from latentclip.verify import verify
 from pipelines import encode, evaluate, train
@@ -80,6 +83,17 @@ def test_a_limit_bounds_the_pairs(ray_cluster: None, tmp_path: Path) -> None:
     config = replace(encode_config(pairs, tmp_path / "latents"), limit=7)
     assert encode.run(config)["stored"] == 7
     assert sorted(path.name for path in (tmp_path / "latents").glob("*.parquet")) == ["00000.parquet", "00001.parquet"]
+    assert verify(config.latents, str(pairs)).state == "complete"
+    with pytest.raises(UsageError, match="limit is 7 there and None here; choose another output folder"):
+        encode.run(replace(config, limit=None))
+
+
+def test_a_shard_that_cannot_be_written_does_not_stop_the_others(ray_cluster: None, tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=2, rows=3)
+    (tmp_path / "latents" / "00000.parquet").mkdir(parents=True)
+    total = encode.run(encode_config(pairs, tmp_path / "latents"))
+    assert total["stored"] == 3
+    assert [problem.partition(" is not encoded: ")[0] for problem in total["problems"]] == [str(pairs / "00000.tar")]
 
 
 def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: Path) -> None:
@@ -94,6 +108,39 @@ def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: 
     assert [line["keys_hash"] for line in one] == [line["keys_hash"] for line in two]
     for mine, theirs in zip(one, two, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train.run(config)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+
+
+def test_more_workers_than_fit_on_a_local_cluster_are_a_sentence(ray_cluster: None, tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=99, latent_shape=(4, 4, 4))
+    config = train_config(tmp_path / "latents", tmp_path / "run", batch_size=99)
+    with pytest.raises(UsageError, match=r"99 workers need a .PU each, and the cluster has .* give --workers"):
+        train.run(replace(config, workers=99))
+
+
+def test_a_run_of_another_latent_space_is_refused_before_any_worker_starts(tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=12, latent_shape=(4, 4, 4))
+    space = replace(SPACE, name="other", encoder_hash="f" * 16)
+    fill(tmp_path / "others", shards=1, rows=12, latent_shape=(4, 4, 4), latent_space=space)
+    config = train_config(tmp_path / "others", tmp_path / "run", steps=1)
+    Fit(LatentDataset(tmp_path / "latents"), tmp_path / "run", config.settings).run()
+    with pytest.raises(UsageError, match=r"others is of latent space other .* but the run .*step_00000001 is of test"):
+        train.run(config)
+
+
+def test_a_training_that_waits_for_workers_can_be_stopped(ray_cluster: None, tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=1, rows=99, latent_shape=(4, 4, 4))
+    options = ("photos", "--latents", str(tmp_path / "latents"), "--run", str(tmp_path / "run"))
+    options += ("--model", "Latent-ViT-tiny", "--batch-size", "99", "--workers", "99")
+    process = start("train", *options, "--ray-address", ray.get_runtime_context().gcs_address)
+    read_until(process, "and the cluster has")
+    read_until(process, "train:   0%")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped; run the same command to go on" in output
 
 
 def test_a_killed_encode_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -144,6 +191,14 @@ Program = Callable[[Sequence[str]], int]
         (encode.main, ["demo", "--pairs", "empty", "--latents", "out"], "empty"),
         (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--codec", "./none"], "no codec directory"),
         (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--image-size", "60"], "factor 8"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--batch-size", "0"], "--batch-size is 0"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "out", "--kind", "sample"], "demo is deterministic"),
+        (encode.main, ["demo", "--pairs", "pairs", "--latents", "pairs/00000.tar/out"], "00000.tar is a file"),
+        (encode.main, ["nonsense", "--pairs", "pairs", "--latents", "out"], "choose one of demo, photos"),
+        (train.main, ["demo", "--latents", "latents", "--run", "pairs/00000.tar"], "00000.tar is a file"),
+        (train.main, ["demo", "--latents", "latents", "--run", "out", "--steps", "0"], "--steps is 0"),
+        (train.main, ["demo", "--latents", "latents", "--run", "out", "--max-minutes", "1"], "either --steps or"),
+        (train.main, ["demo", "--latents", "pairs", "--run", "out"], "pairs holds no latents"),
         (train.main, ["demo", "--latents", "nowhere", "--run", "out"], "nowhere"),
         (train.main, ["demo", "--latents", "latents", "--run", "out", "--batch-size", "5000"], "--batch-size 12"),
         (evaluate.main, ["photos", "--checkpoint", "nowhere", "--latents", "latents", "--out", "out"], "nowhere"),
@@ -171,7 +226,9 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["demo", "--no-such-flag"], []])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["demo", "--no-such-flag"], ["demo", "--limit", "0"], ["demo", "--limit", "few"], []]
+)
 def test_an_unknown_experiment_or_flag_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_program(encode.main, arguments)

@@ -109,6 +109,9 @@ def test_dataset_file_publishes_once(tmp_path: Path) -> None:
         ({"preprocessing": {"image_size": 32}}, "preprocessing.image_size is 24 there and 32 here"),
         ({"latent_space": replace(SPACE, scaled=False)}, "latent_space.scaled is True there and False here"),
         ({"views": 2}, "views is 1 there and 2 here"),
+        ({"limit": 15}, "limit is None there and 15 here"),
+        ({"preprocessing": {"image_size": {"a": 1, "b": 2}}}, "preprocessing.image_size is 24 there and given here"),
+        ({"preprocessing": {f"a{i}": i for i in range(9)}}, "a5 is None there and 5 here; and 4 more; choose another"),
         ({"latent_shape": (4, 2, 2)}, r"latent_shape is \[4, 2, 3\] there and \[4, 2, 2\] here"),
     ],
 )

@@ -107,6 +107,16 @@ def test_list_shards_reads_folders_patterns_and_lists(shards: Path) -> None:
     assert names(shards / "list.txt") == ["00001.tar", "x,y.parquet"]
 
 
+def test_list_shards_gives_full_paths(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shards)
+    assert list_shards("00001.tar", SUFFIXES) == [f"{shards}/00001.tar"]
+
+
+def test_list_shards_refuses_a_file_that_is_none(shards: Path) -> None:
+    with pytest.raises(UsageError, match=r"00000\.json is no shard, since its name ends in none of \.tar, \.parquet"):
+        list_shards(shards / "00000.json", SUFFIXES)
+
+
 def test_list_shards_reads_urls() -> None:
     url = f"memory://{uuid.uuid4().hex}"
     for name in ("b.tar", "a.tar", "c.json"):

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from demo_pairs import emoji_shards
 from latent_samples import fill, make_dataset, make_outcome, make_rows
 
 from latentclip.__main__ import main
+from latentclip.codec import load_codec
 from latentclip.containers import LatentRows, serialise
+from latentclip.encode import EncodeSettings, ShardEncoder
+from latentclip.pairs import PairColumns
 from latentclip.records import Input, Record, keys_digest
 from latentclip.shards import write_shard
 from latentclip.storage import Folder
@@ -116,6 +122,9 @@ def test_intact_bytes_of_wrong_content_are_noticed(tmp_path: Path) -> None:
         (["verify", "{tmp_path}/absent"], "error: {tmp_path}/absent holds no latents"),
         (["verify", "{tmp_path}"], "dataset.json is missing"),
         (["verify", "nosuch://x"], "error: nosuch://x cannot be opened"),
+        (["verify", "{tmp_path}/00000.parquet"], "holds no latents"),
+        (["verify", "{tmp_path}", "--pairs", "{tmp_path}/absent"], "absent does not exist or holds no files"),
+        (["verify", "{tmp_path}", "--pairs", "{tmp_path}/odd"], "odd is no shard"),
         (["verify"], "LATENTS"),
         (["unknown"], "unknown"),
         ([], "verify"),
@@ -124,7 +133,8 @@ def test_intact_bytes_of_wrong_content_are_noticed(tmp_path: Path) -> None:
 def test_wrong_usage_exits_with_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    (tmp_path / "00000.parquet").write_bytes(b"x")
+    for name in ("00000.parquet", "odd"):
+        (tmp_path / name).write_bytes(b"x")
     assert main([argument.format(tmp_path=tmp_path) for argument in arguments]) == 3
     assert message.format(tmp_path=tmp_path) in capsys.readouterr().err
 
@@ -182,9 +192,39 @@ def test_swapped_key_and_changed_input_are_corrupt(encoded: Path, capsys: pytest
     status, result = run(capsys, encoded / "latents", "--pairs", encoded / "pairs")
     assert status == 2
     assert "lost 1 and invented 1" in result["bad_shards"][0]["problem"]
+    write_pairs(pair, [f"other{index:06d}" for index in range(5)])
+    status, result = run(capsys, encoded / "latents", "--pairs", encoded / "pairs")
+    assert "has no key of" in result["bad_shards"][0]["problem"]
     write_pairs(pair, [f"another{index}" for index in range(99)])
     status, result = run(capsys, encoded / "latents", "--pairs", encoded / "pairs")
     assert "made of another 00000.tar" in result["bad_shards"][0]["problem"]
+
+
+def test_what_lies_behind_a_limit_is_not_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emoji_shards(tmp_path / "pairs", shards=3, rows=4)
+    folder, codec = Folder(tmp_path / "latents"), load_codec("demo")
+    encoder = ShardEncoder(codec, EncodeSettings(image_size=32, batch_size=4), folder)
+    replace(encoder.dataset, limit=6).publish(folder)
+    encoder.encode(str(tmp_path / "pairs" / "00000.tar"))
+    status, result = run(capsys, tmp_path / "latents", "--pairs", tmp_path / "pairs")
+    assert (status, result["missing_shards"]) == (1, ["00001", "00002"])
+    encoder.encode(str(tmp_path / "pairs" / "00001.tar"), limit=2)
+    status, result = run(capsys, tmp_path / "latents", "--pairs", tmp_path / "pairs")
+    assert (status, result["planned"], result["missing_shards"]) == (0, 6, [])
+
+
+def test_pairs_are_read_by_the_columns_they_were_encoded_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    emoji_shards(tmp_path / "pairs", shards=1, rows=4)
+    table = {"id": ["a", "b"], "picture": [b"no image"] * 2, "words": ["one", "two"]}
+    pq.write_table(pa.table(table), tmp_path / "pairs" / "00001.parquet")
+    columns = PairColumns(image=("png", "picture"), caption=("txt", "words"), key="id")
+    folder = Folder(tmp_path / "latents")
+    encoder = ShardEncoder(load_codec("demo"), EncodeSettings(image_size=32, batch_size=4, columns=columns), folder)
+    encoder.dataset.publish(folder)
+    for name in ("00000.tar", "00001.parquet"):
+        encoder.encode(str(tmp_path / "pairs" / name))
+    status, result = run(capsys, tmp_path / "latents", "--pairs", tmp_path / "pairs")
+    assert (status, result["planned"], result["rejected"]) == (0, 6, {"image_format": 2})
 
 
 def test_truncated_input_is_incomplete(encoded: Path, capsys: pytest.CaptureFixture[str]) -> None:
