@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -10,10 +11,13 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentclip.codec import WEIGHTS, Codec, encoder_hash, load_codec
 from latentclip.errors import UsageError
+from latentclip.images import pixels
+from pipelines.emoji_pairs import drawings, render
 
 VAES = Path(__file__).parents[1].parent / "shared" / "data" / "vae"
 
@@ -65,6 +69,14 @@ def test_packaged_codec_reconstructs() -> None:
     latents = codec.encode(gradient)
     assert (codec.space.name, latents.shape) == ("demo", (1, codec.space.channels, 8, 8))
     assert (codec.decode(latents) - gradient).square().mean() < 0.02
+
+
+def test_packaged_codec_keeps_what_its_training_never_saw() -> None:
+    unseen = [Image.open(io.BytesIO(render(drawing.path, 64))) for drawing in drawings("openmoji")[::40]]
+    pictures = torch.stack([pixels(image) for image in unseen])
+    codec = load_codec()
+    squared = (codec.decode(codec.encode(pictures)) - pictures).square().mean()
+    assert -10 * torch.log10(squared / 4) > 24
 
 
 @pytest.mark.parametrize(("name", "channels", "psnr"), [("taesdxl", 4, 20), ("taesd3", 16, 23)])
