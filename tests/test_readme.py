@@ -70,7 +70,7 @@ def test_the_notebook_view(capsys: pytest.CaptureFixture[str]) -> None:
     assert likely == sorted(likely, reverse=True)
     assert sum(likely) == pytest.approx(1, abs=0.02)
     assert {line.partition(" ")[2] for line in lines} == {"a cat", "a dog", "a bicycle"}
-    assert clip.encode_latents(torch.zeros(2, 16, 8, 8)).shape == (2, 64)
+    assert clip.encode_latents(torch.zeros(2, clip.space.channels, clip.grid, clip.grid)).shape == (2, 64)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # its own options, which it reads itself
