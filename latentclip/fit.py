@@ -86,6 +86,7 @@ def check_settings(dataset: LatentDataset, settings: FitSettings, world_size: in
         raise UsageError("give either --steps or --max-minutes, to say how long to train")
     counted = ("steps", "batch_size", "keep_checkpoints", "log_steps")
     require_at_least(1, **{name: getattr(settings, name) for name in counted})
+    require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
     require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
     if settings.batch_size % world_size:
         raise UsageError(

@@ -31,6 +31,8 @@ class Optimisation:
     """Decoupled weight decay, on matrices only (not on biases, norms, or the logit scale)."""
     gradient_clip: float | None = None
     """Largest norm of the gradient; None leaves it alone."""
+    max_logit_scale: float = 100.0
+    """Largest logit scale (Radford et al., 2021). Few data generalise better below: sharp logits reward memorising."""
     loss: Literal["clip", "siglip"] = "clip"
     """Contrastive objective: softmax (CLIP) or sigmoid (SigLIP)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -103,15 +105,15 @@ def training_step(
     trained = [value for group in optimiser.param_groups for value in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, settings.gradient_clip or math.inf)
     optimiser.step()
-    clamp_logit_scale(model)
+    clamp_logit_scale(model, settings.max_logit_scale)
     return {"loss": loss.detach(), "gradient_norm": norm.detach(), "logit_scale": logit_scale.detach()}
 
 
 @torch.no_grad()
-def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep the logit scale in [1, 100] (Radford et al., 2021)."""
+def clamp_logit_scale(model: nn.Module, largest: float) -> None:
+    """Keep the logit scale in [1, largest]."""
     bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    bare.logit_scale.clamp_(0, math.log(100))
+    bare.logit_scale.clamp_(0, math.log(largest))
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from latentclip.errors import UsageError
-from latentclip.training import Optimisation, build_optimiser, learning_rate, load_optimiser, optimiser_tensors
+from latentclip.training import (
+    Optimisation,
+    build_optimiser,
+    clamp_logit_scale,
+    learning_rate,
+    load_optimiser,
+    optimiser_tensors,
+)
 
 
 def test_warm_up_then_cosine() -> None:
@@ -49,3 +56,11 @@ def test_the_optimisers_state_survives_as_tensors() -> None:
     step(model, optimiser)
     step(copy, restored)
     assert torch.equal(copy.weight, model.weight)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 1.0), (7.0, 7.0), (90.0, 20.0)])
+def test_the_logit_scale_stays_in_its_range(before: float, after: float) -> None:
+    model = nn.Module()
+    model.logit_scale = nn.Parameter(torch.tensor(before).log())
+    clamp_logit_scale(model, 20)
+    assert model.logit_scale.exp().item() == pytest.approx(after)
