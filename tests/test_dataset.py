@@ -52,7 +52,7 @@ def test_unfinished_shards_are_left_out_and_lost_ones_are_not(tmp_path: Path) ->
 
 
 def test_usage_errors(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist or is empty"):
+    with pytest.raises(UsageError, match="does not exist or holds no files"):
         LatentDataset(tmp_path / "absent")
     (tmp_path / "00000.parquet").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"dataset\.json is missing"):
