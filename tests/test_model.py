@@ -103,15 +103,18 @@ def test_other_timm_networks_take_their_arguments() -> None:
 
 
 @needs_minilm
-def test_frozen_text_tower_and_small_resnet(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "trains"), [("Latent-ResNet-10-MiniLM", set()), ("Latent-ResNet-10-s2-MiniLM", {"proj"})]
+)
+def test_frozen_text_tower_and_small_resnet(name: str, trains: set[str], capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
-    model = build_model("Latent-ResNet-10-MiniLM", SMALL, 8)
-    tokens = load_tokenizer(resolve_config("Latent-ResNet-10-MiniLM", SMALL, 8))(["a cat", "a dog"])
+    model = build_model(name, SMALL, 8)
+    tokens = load_tokenizer(resolve_config(name, SMALL, 8))(["a cat", "a dog"])
     assert capfd.readouterr() == ("", "")
     assert isinstance(model.text, FrozenTextEncoder)
     assert model.encode_text(tokens).shape == model.encode_image(torch.randn(2, 16, 8, 8)).shape == (2, 384)
     trained = {name.split(".")[0] for name, p in model.text.named_parameters() if p.requires_grad}
-    assert trained == {"proj"}
+    assert trained == trains
 
 
 @needs_minilm
