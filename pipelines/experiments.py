@@ -44,12 +44,7 @@ DEMO = Experiment(
             steps=800,
             batch_size=1024,
             optimisation=Optimisation(
-                learning_rate=8e-3,
-                warmup=0.05,
-                weight_decay=0.1,
-                gradient_clip=1.0,
-                max_logit_scale=20,
-                precision="bf16",
+                learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
             ),
             augmentation=LatentAugmentation(shift=1, noise=0.1),
             plain_share=0.85,

@@ -103,10 +103,8 @@ def test_other_timm_networks_take_their_arguments() -> None:
 
 
 @needs_minilm
-@pytest.mark.parametrize(
-    ("name", "trains"), [("Latent-ResNet-10-MiniLM", set()), ("Latent-ResNet-10-s2-MiniLM", {"proj"})]
-)
-def test_frozen_text_tower_and_small_resnet(name: str, trains: set[str], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["Latent-ResNet-10-MiniLM", "Latent-ResNet-10-s2-MiniLM"])
+def test_frozen_text_tower_and_small_resnet(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     model = build_model(name, SMALL, 8)
     tokens = load_tokenizer(resolve_config(name, SMALL, 8))(["a cat", "a dog"])
@@ -114,7 +112,7 @@ def test_frozen_text_tower_and_small_resnet(name: str, trains: set[str], capfd: 
     assert isinstance(model.text, FrozenTextEncoder)
     assert model.encode_text(tokens).shape == model.encode_image(torch.randn(2, 16, 8, 8)).shape == (2, 384)
     trained = {name.split(".")[0] for name, p in model.text.named_parameters() if p.requires_grad}
-    assert trained == trains
+    assert trained == {"proj"}
 
 
 @needs_minilm
