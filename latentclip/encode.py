@@ -3,17 +3,20 @@
     encoder = ShardEncoder(load_codec("demo"), EncodeSettings(image_size=64), Folder("latents/"))
     record = encoder.encode("pairs/00000.tar")
 
-Threads decode images while the codec works (Pillow releases the interpreter lock); a batch never spans shards and the
-last one is padded, so the same shard gives the same bytes whoever encodes it.
+Processes of their own decode images while the codec works; a batch never spans shards and the last one is padded, so
+the same shard gives the same bytes whoever encodes it. Threads may encode several shards at once: while one reads or
+writes, the codec works for another.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +24,9 @@ import torch
 from torch import Tensor
 
 from latentclip.codec import Codec
+from latentclip.decoders import DecoderPool, Preparation
 from latentclip.errors import require_at_least
-from latentclip.images import ImageLimits, Mode, open_image, to_square
+from latentclip.images import ImageLimits, Mode
 from latentclip.latent_space import Kind
 from latentclip.order import key_words, mix
 from latentclip.pairs import Pair, PairColumns, PairShard, Refusal
@@ -30,7 +34,7 @@ from latentclip.records import DatasetFile, Input, Outcome, Record
 from latentclip.rejects import Reason, Rejected
 from latentclip.shards import LatentRows, write_shard
 from latentclip.storage import Folder
-from latentclip.views import ViewRecipe, augment
+from latentclip.views import ViewRecipe
 
 Container = Literal["parquet", "webdataset"]
 
@@ -65,6 +69,10 @@ class EncodeSettings:
     def __post_init__(self) -> None:
         require_at_least(1, image_size=self.image_size, views=self.views, batch_size=self.batch_size)
 
+    def preparation(self) -> Preparation:
+        """What the decoders do with an image."""
+        return Preparation(self.image_size, self.resize, self.views, self.recipe, self.limits)
+
     def preprocessing(self) -> dict[str, Any]:
         """What the dataset file says of the way from pixels to latents."""
         names = ("image_size", "resize", "batch_size", "limits", "columns")
@@ -77,19 +85,22 @@ class _Prepared:
     """A pair whose views are ready to be encoded."""
 
     pair: Pair
-    pixels: Tensor
-    """(views, 3, size, size) uint8: a quarter of the bytes of float, so that reading ahead stays small."""
+    pixels: np.ndarray
+    """(views, size, size, 3) uint8: a quarter of the bytes of float, so that reading ahead stays small."""
 
 
 class ShardEncoder:
     """Encodes pair shards into one folder of latents; keeps the codec warm between shards."""
 
-    def __init__(self, codec: Codec, settings: EncodeSettings, folder: Folder, threads: int = 2) -> None:
+    def __init__(self, codec: Codec, settings: EncodeSettings, folder: Folder, decoders: int = 2) -> None:
+        """Check the settings against the codec, and start `decoders` processes that end with this object."""
         self.codec = codec
         self.settings = settings
         self.folder = folder
-        self.threads = threads
         self.dataset = dataset_file(codec, settings)
+        self.decoders = DecoderPool(settings.preparation(), decoders)
+        self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._codec_free = Lock()
 
     def encode(self, shard_url: str, limit: int | None = None) -> Record:
         """Encode one shard (its first `limit` pairs) and publish it with its record.
@@ -102,41 +113,34 @@ class ShardEncoder:
         stored: list[Pair] = []
         views: list[list[np.ndarray]] = [[] for _ in range(self.settings.views)]
         planned = 0
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            batch: list[_Prepared] = []
-            for item in self._prepare(islice(iter(shard), limit), pool):
-                planned += 1
-                if isinstance(item, Refusal):
-                    rejects.setdefault(item.reason, []).append(item.key)
-                    continue
-                batch.append(item)
-                if len(batch) == self.settings.batch_size:
-                    self._encode_batch(batch, stored, views, rejects)
-                    batch = []
-            if batch:
+        batch: list[_Prepared] = []
+        for item in self._prepare(islice(iter(shard), limit)):
+            planned += 1
+            if isinstance(item, Refusal):
+                rejects.setdefault(item.reason, []).append(item.key)
+                continue
+            batch.append(item)
+            if len(batch) == self.settings.batch_size:
                 self._encode_batch(batch, stored, views, rejects)
+                batch = []
+        if batch:
+            self._encode_batch(batch, stored, views, rejects)
         return self._publish(shard, planned, stored, views, rejects)
 
-    def _prepare(self, items: Iterator[Pair | Refusal], pool: ThreadPoolExecutor) -> Iterator[_Prepared | Refusal]:
-        """Decode and preprocess in the pool, in order, at most two batches ahead."""
-        waiting: list[Refusal | Future[_Prepared | Refusal]] = []
+    def _prepare(self, items: Iterator[Pair | Refusal]) -> Iterator[_Prepared | Refusal]:
+        """Decode and preprocess in the decoders, in order, at most two batches ahead."""
+        waiting: deque[Refusal | Future[_Prepared | Refusal]] = deque()
         for item in items:
-            waiting.append(item if isinstance(item, Refusal) else pool.submit(self._pixels, item))
+            waiting.append(item if isinstance(item, Refusal) else self._threads.submit(self._decode, item))
             if len(waiting) > 2 * self.settings.batch_size:
-                head = waiting.pop(0)
-                yield head if isinstance(head, Refusal) else head.result()
-        for head in waiting:
-            yield head if isinstance(head, Refusal) else head.result()
+                yield _result(waiting.popleft())
+        yield from map(_result, waiting)
 
-    def _pixels(self, pair: Pair) -> _Prepared | Refusal:
-        settings = self.settings
+    def _decode(self, pair: Pair) -> _Prepared | Refusal:
         try:
-            image = open_image(pair.image, settings.limits)
+            return _Prepared(pair, self.decoders.pixels(pair.key, pair.image))
         except Rejected as reject:
             return Refusal(pair.key, reject.reason)
-        plain = to_square(image, settings.image_size, settings.resize)
-        others = (augment(image, pair.key, v, settings.image_size, settings.recipe) for v in range(1, settings.views))
-        return _Prepared(pair, torch.stack([torch.from_numpy(np.array(view)) for view in (plain, *others)]))
 
     def _encode_batch(
         self,
@@ -146,7 +150,9 @@ class ShardEncoder:
         rejects: dict[str, list[str]],
     ) -> None:
         keys = [item.pair.key for item in batch]
-        encoded = [self._encode_view(torch.stack([item.pixels[v] for item in batch]), keys) for v in range(len(views))]
+        pixels = torch.from_numpy(np.stack([item.pixels for item in batch], axis=1))
+        with self._codec_free:
+            encoded = [self._encode_view(view, keys) for view in pixels]
         finite = np.logical_and.reduce([np.isfinite(latents).all(axis=(1, 2, 3)) for latents in encoded])
         for item in (item for item, good in zip(batch, finite, strict=True) if not good):
             rejects.setdefault(Reason.LATENT_NOT_FINITE, []).append(item.pair.key)
@@ -182,6 +188,10 @@ class ShardEncoder:
         )
         outcome = Outcome(shard.stem, Input(shard.name, shard.size), planned, rejects, truncated=shard.truncated)
         return write_shard(self.folder, self.dataset, rows, outcome)
+
+
+def _result(item: Refusal | Future[_Prepared | Refusal]) -> _Prepared | Refusal:
+    return item if isinstance(item, Refusal) else item.result()
 
 
 def sample_seeds(seed: int, keys: list[str], padding: int = 0) -> list[int]:

@@ -32,13 +32,16 @@ class EncodeConfig:
     """Encoder actors; default: one for each GPU of the cluster, or one without GPUs."""
     threads: int | None = None
     """CPU threads of one encoder; default: its share of the machine's cores. It is part of "same input, same bytes"."""
+    decoders: int | None = None
+    """Processes that decode images for one encoder; default: as many as its threads."""
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, limit=self.limit, encoders=self.encoders, threads=self.threads)
+        counts = {"encoders": self.encoders, "threads": self.threads, "decoders": self.decoders}
+        require_at_least(1, limit=self.limit, **counts)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,8 @@ class Encoder:
     def __init__(self, config: EncodeConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = ShardEncoder(
-            load_codec(config.codec, device=device), config.settings, Folder(config.latents), threads=threads
-        )
+        codec = load_codec(config.codec, device=device)
+        self.encoder = ShardEncoder(codec, config.settings, Folder(config.latents), decoders=config.decoders or threads)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Encode the shards of a batch from Ray Data; one result each."""
@@ -97,7 +96,13 @@ def encode_shards(config: EncodeConfig, todo: list[tuple[str, int]]) -> Iterator
     context.print_on_execution_start = False
     actors, resources, threads = pool_size(config)
     rows = [{"shard": url, "limit": limit} for url, limit in todo]
-    strategy = ray.data.ActorPoolStrategy(size=min(actors, len(todo)), max_tasks_in_flight_per_actor=2)
+    # Two shards at once in an actor: while one is read or written, the codec works for the other.
+    strategy = ray.data.ActorPoolStrategy(
+        size=min(actors, len(todo)),
+        max_tasks_in_flight_per_actor=2,
+        max_concurrent_calls_per_actor=2,
+        enable_true_multi_threading=True,
+    )
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Encoder,
         fn_constructor_args=(config, threads),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +150,27 @@ def test_settings_that_encode_nothing_are_refused(tmp_path: Path, settings: dict
 def test_an_image_size_must_fit_the_codec(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no multiple of the codec's factor 8"):
         encoder(tmp_path, image_size=60)
+
+
+def test_shards_encoded_at_once_have_the_bytes_of_one_after_the_other(tmp_path: Path) -> None:
+    pairs = sorted(emoji_shards(tmp_path / "pairs", shards=4, rows=11).iterdir())
+    alone, together = encoder(tmp_path / "alone"), encoder(tmp_path / "together")
+    expected = [alone.encode(str(shard)) for shard in pairs]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(together.encode, map(str, pairs))) == expected
+
+
+def test_killed_decoders_cost_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=1, rows=40)
+    expected = encoder(tmp_path / "calm").encode(str(pairs / "00000.tar"))
+    hunted = encoder(tmp_path / "hunted")
+    decode, count = hunted.decoders.pixels, itertools.count()
+
+    def hunt(key: str, data: bytes) -> np.ndarray:
+        if next(count) % 5 == 4:
+            os.kill(hunted.decoders.pids[0], signal.SIGKILL)
+        return decode(key, data)
+
+    monkeypatch.setattr(hunted.decoders, "pixels", hunt)
+    assert hunted.encode(str(pairs / "00000.tar")) == expected
+    assert next(count) == 40
