@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import ray
 import ray.data  # before its loggers are silenced, since importing it sets their levels
@@ -157,8 +158,15 @@ def run_program(program: Callable[[Sequence[str]], int], arguments: Sequence[str
         status = 2
     except KeyboardInterrupt:
         print("stopped; run the same command to go on", file=sys.stderr)
-        status = 130
+        _exit_now(130)
     sys.exit(status)
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End without tearing the interpreter down: a thread may still wait inside Ray's core, which can crash then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _names_a_file(error: OSError) -> bool:
