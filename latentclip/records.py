@@ -67,7 +67,10 @@ class Outcome:
     planned: int
     rejected_keys: dict[str, list[str]] = field(default_factory=dict)
     """Keys by reason (a `Reason` or its value), in the order of the pair shard."""
-    filtered_keys: list[str] = field(default_factory=list)
+    filtered_keys: dict[str, list[str]] = field(default_factory=dict)
+    """Keys by the filter that dropped them, in the order of the pair shard."""
+    removed_keys: list[str] = field(default_factory=list)
+    """Keys under a tombstone."""
     truncated: bool = False
     """Whether the pair shard ended early, so that `planned` counts only its readable part."""
 
@@ -90,7 +93,7 @@ class Record:
     counts: Counts
     rejects: dict[str, int]
     rejected_keys: dict[str, list[str]]
-    filtered_keys: list[str]
+    filtered_keys: dict[str, list[str]]
     removed_keys: list[str]
     truncated: bool
     statistics: dict[str, list[float]]
@@ -113,15 +116,16 @@ class Record:
             )
         if named != self.rejects or sum(self.rejects.values()) != counts.rejected:
             raise ConservationError(f"shard {self.shard}: {counts.rejected} rejected, {self.rejects}, keys {named}")
-        if (len(self.filtered_keys), len(self.removed_keys)) != (counts.filtered, counts.removed):
+        filtered = sum(map(len, self.filtered_keys.values()))
+        if (filtered, len(self.removed_keys)) != (counts.filtered, counts.removed):
             raise ConservationError(
                 f"shard {self.shard}: filtered or removed keys differ from their counts in {counts}"
             )
 
     def unstored_keys(self) -> list[str]:
         """The keys of all planned samples that are not stored."""
-        rejected = [key for keys in self.rejected_keys.values() for key in keys]
-        return rejected + self.filtered_keys + self.removed_keys
+        dropped = [*self.rejected_keys.values(), *self.filtered_keys.values(), self.removed_keys]
+        return [key for keys in dropped for key in keys]
 
     def publish(self, folder: Folder) -> bool:
         """Create the record's file: the commit. False if the folder holds another record of this name."""

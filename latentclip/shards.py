@@ -77,7 +77,8 @@ def _record(data_file: str, generation: int, data: bytes, rows: LatentRows, outc
     assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
     assert all(np.isfinite(latents).all() for latents in rows.latents), f"NaN or Inf in shard {outcome.shard}"
     rejects = {str(reason): len(keys) for reason, keys in outcome.rejected_keys.items()}
-    counts = Counts(outcome.planned, len(rows), sum(rejects.values()), len(outcome.filtered_keys))
+    filtered = sum(map(len, outcome.filtered_keys.values()))
+    counts = Counts(outcome.planned, len(rows), sum(rejects.values()), filtered, len(outcome.removed_keys))
     record = Record(
         shard=outcome.shard,
         data=data_file,
@@ -89,8 +90,8 @@ def _record(data_file: str, generation: int, data: bytes, rows: LatentRows, outc
         counts=counts,
         rejects=rejects,
         rejected_keys={str(reason): list(keys) for reason, keys in outcome.rejected_keys.items()},
-        filtered_keys=list(outcome.filtered_keys),
-        removed_keys=[],
+        filtered_keys={reason: list(keys) for reason, keys in outcome.filtered_keys.items()},
+        removed_keys=list(outcome.removed_keys),
         truncated=outcome.truncated,
         statistics=_statistics(rows.latents[0]),
     )
