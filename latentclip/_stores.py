@@ -17,6 +17,9 @@ from latentclip.errors import UsageError
 _OBJECT_STORES = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"}
 _STAGED = ".staging-"
 
+Buffer = bytes | memoryview
+"""What is published: a shard may lie in a mapped file."""
+
 
 class Store(Protocol):
     """What a place must do to hold shards. `write` returns False if the name was taken and `overwrite` is False."""
@@ -24,7 +27,7 @@ class Store(Protocol):
     def names(self) -> list[str]: ...
     def exists(self, name: str) -> bool: ...
     def read(self, name: str) -> bytes: ...
-    def write(self, name: str, data: bytes, overwrite: bool) -> bool: ...
+    def write(self, name: str, data: Buffer, overwrite: bool) -> bool: ...
     def delete(self, name: str) -> None: ...
 
 
@@ -47,7 +50,7 @@ class LocalStore:
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def write(self, name: str, data: bytes, overwrite: bool) -> bool:
+    def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         self.path.mkdir(parents=True, exist_ok=True)
         staged = self.path / f"{_STAGED}{uuid.uuid4().hex}"
         try:
@@ -65,7 +68,7 @@ class LocalStore:
         self._sync_folder()
         return True
 
-    def _write_synced(self, path: Path, data: bytes) -> None:
+    def _write_synced(self, path: Path, data: Buffer) -> None:
         with path.open("xb") as file:
             file.write(data)
             file.flush()
@@ -115,7 +118,7 @@ class ObjectStore:
         with self._named(name):
             return bytes(self.store.get(name).bytes())
 
-    def write(self, name: str, data: bytes, overwrite: bool) -> bool:
+    def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         with self._named(name):
@@ -166,7 +169,7 @@ class OtherStore:
     def read(self, name: str) -> bytes:
         return bytes(self.fs.cat_file(f"{self.root}/{name}"))
 
-    def write(self, name: str, data: bytes, overwrite: bool) -> bool:
+    def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         self.fs.makedirs(self.root, exist_ok=True)
         try:
             self.fs.pipe_file(f"{self.root}/{name}", data, mode="overwrite" if overwrite else "create")

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentclip.records import DatasetFile
+from latentclip.spool import Spool
+from latentclip.storage import Buffer
 
 ROW_GROUP_BYTES = 16 << 20
 _HEADER = b"latentclip"
@@ -44,8 +46,8 @@ def view_names(views: int) -> list[str]:
     return ["latent" if view == 0 else f"latent_{view}" for view in range(views)]
 
 
-def serialise(rows: LatentRows, dataset: DatasetFile) -> bytes:
-    """The bytes of a shard in the dataset's container.
+def serialise(rows: LatentRows, dataset: DatasetFile) -> memoryview:
+    """The bytes of a shard in the dataset's container, mapped from a file without a name.
 
     A metadata column called like one of ours is stored as `source_{name}`.
     """
@@ -56,12 +58,13 @@ def serialise(rows: LatentRows, dataset: DatasetFile) -> bytes:
     assert {len(rows.captions), *map(len, rows.metadata.values())} == {len(rows)}
     views = dict(zip(view_names(dataset.views), (_little_endian(latents) for latents in rows.latents), strict=True))
     metadata = dict(_renamed(rows.metadata, taken={"key", "caption", *views}))
-    if dataset.container == "webdataset":
-        return _to_tar(rows, views, metadata, dataset)
-    return _to_parquet(rows, views, metadata, dataset)
+    write = _to_tar if dataset.container == "webdataset" else _to_parquet
+    file = Spool()
+    write(rows, views, metadata, dataset, file)
+    return file.bytes()
 
 
-def parse(data: bytes, container: str, columns: Sequence[str] | None = None) -> tuple[LatentRows, dict[str, Any]]:
+def parse(data: Buffer, container: str, columns: Sequence[str] | None = None) -> tuple[LatentRows, dict[str, Any]]:
     """The rows and the header (`DatasetFile.header`) in the bytes of a shard.
 
     `columns` chooses among `caption`, the views and the metadata (all by default); keys are always read. Latents of
@@ -87,8 +90,8 @@ def _renamed(metadata: dict[str, list[Any]], taken: set[str]) -> Iterator[tuple[
 
 
 def _to_parquet(
-    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile
-) -> bytes:
+    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
+) -> None:
     """Plain and uncompressed, latents as `fixed_size_binary`: ten times faster to read than any list type."""
     fields, arrays = [pa.field("key", pa.string(), nullable=False)], [pa.array(rows.keys, pa.string())]
     layout = {"shape": json.dumps(dataset.latent_shape), "dtype": dataset.latent_space.dtype, "order": "C"}
@@ -102,20 +105,18 @@ def _to_parquet(
         arrays.append(array)
         fields.append(pa.field(name, array.type, metadata={"encoding": "json"} if is_json else None))
     table = pa.table(arrays, pa.schema(fields, {_HEADER: json.dumps(dataset.header(), sort_keys=True)}))
-    sink = pa.BufferOutputStream()
     row_bytes = sum(latents.nbytes for latents in views.values()) // max(len(rows), 1)
     pq.write_table(
         table,
-        sink,
+        pa.PythonFile(file, "w"),
         row_group_size=max(1, ROW_GROUP_BYTES // max(row_bytes, 1)),
         compression="none",
         use_dictionary=False,
         write_statistics=[name for name in table.column_names if name not in views],
     )
-    return sink.getvalue().to_pybytes()
 
 
-def _from_parquet(data: bytes, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
+def _from_parquet(data: Buffer, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
     file = pq.ParquetFile(pa.BufferReader(data))
     schema = file.schema_arrow
     header = json.loads((schema.metadata or {})[_HEADER])
@@ -168,11 +169,10 @@ def _plain(value: Any) -> str:
 
 
 def _to_tar(
-    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile
-) -> bytes:
+    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
+) -> None:
     """Members `{key}.latent.npy`, `{key}.txt` and `{key}.json`; what a member's name must not hold is `%`-quoted."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with tarfile.open(fileobj=file, mode="w") as tar:  # type: ignore[call-overload]
         _add(tar, _TAR_HEADER, _to_json(dataset.header()).encode())
         for index, (key, caption) in enumerate(zip(rows.keys, rows.captions, strict=True)):
             member = quote(key, safe="").replace(".", "%2E")
@@ -182,7 +182,6 @@ def _to_tar(
                 _add(tar, f"{member}.{name}.npy", array.getvalue())
             _add(tar, f"{member}.txt", caption.encode())
             _add(tar, f"{member}.json", _to_json({name: values[index] for name, values in metadata.items()}).encode())
-    return buffer.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -191,7 +190,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _from_tar(data: bytes, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
+def _from_tar(data: Buffer, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
     members: dict[str, dict[str, bytes]] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:

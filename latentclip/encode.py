@@ -33,6 +33,7 @@ from latentclip.pairs import Pair, PairColumns, PairShard, Refusal
 from latentclip.records import DatasetFile, Input, Outcome, Record
 from latentclip.rejects import Reason, Rejected
 from latentclip.shards import LatentRows, write_shard
+from latentclip.spool import Spool
 from latentclip.storage import Folder
 from latentclip.views import ViewRecipe
 
@@ -89,6 +90,46 @@ class _Prepared:
     """(views, size, size, 3) uint8: a quarter of the bytes of float, so that reading ahead stays small."""
 
 
+class _Shard:
+    """What has become of the pairs of one shard so far. Images are let go, and latents lie in a spool."""
+
+    def __init__(self, dataset: DatasetFile) -> None:
+        self.dataset = dataset
+        self.dtype = np.dtype(dataset.latent_space.dtype)
+        self.planned = 0
+        self.rejected: dict[str, list[str]] = {}
+        self.keys: list[str] = []
+        self.captions: list[str] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.views = [Spool() for _ in range(dataset.views)]
+
+    def refuse(self, key: str, reason: Reason) -> None:
+        self.rejected.setdefault(reason, []).append(key)
+
+    def store(self, pairs: list[Pair], views: list[np.ndarray]) -> None:
+        """Add pairs with their latents, one array (n, c, h, w) a view; what is not finite is refused."""
+        finite = np.logical_and.reduce([np.isfinite(latents).all(axis=(1, 2, 3)) for latents in views])
+        for pair, good in zip(pairs, finite, strict=True):
+            if not good:
+                self.refuse(pair.key, Reason.LATENT_NOT_FINITE)
+                continue
+            self.keys.append(pair.key)
+            self.captions.append(pair.caption)
+            self.metadata.append(pair.metadata)
+        for spool, latents in zip(self.views, views, strict=True):
+            spool.append(latents[finite])
+
+    def rows(self) -> LatentRows:
+        """What is stored."""
+        columns = {name: None for metadata in self.metadata for name in metadata}  # a dict keeps the order
+        return LatentRows(
+            keys=self.keys,
+            captions=self.captions,
+            latents=[spool.array(self.dtype, self.dataset.latent_shape) for spool in self.views],
+            metadata={name: [metadata.get(name) for metadata in self.metadata] for name in columns},
+        )
+
+
 class ShardEncoder:
     """Encodes pair shards into one folder of latents; keeps the codec warm between shards."""
 
@@ -108,24 +149,23 @@ class ShardEncoder:
         Returns the record, or the one that stands there already. Raises `ShardUnreadable` for a shard of which
         nothing can be read, and ConservationError if a single pair is unaccounted for.
         """
-        shard = PairShard(shard_url, self.settings.columns)
-        rejects: dict[str, list[str]] = {}
-        stored: list[Pair] = []
-        views: list[list[np.ndarray]] = [[] for _ in range(self.settings.views)]
-        planned = 0
+        source = PairShard(shard_url, self.settings.columns)
+        shard = _Shard(self.dataset)
         batch: list[_Prepared] = []
-        for item in self._prepare(islice(iter(shard), limit)):
-            planned += 1
+        for item in self._prepare(islice(iter(source), limit)):
+            shard.planned += 1
             if isinstance(item, Refusal):
-                rejects.setdefault(item.reason, []).append(item.key)
+                shard.refuse(item.key, item.reason)
                 continue
             batch.append(item)
             if len(batch) == self.settings.batch_size:
-                self._encode_batch(batch, stored, views, rejects)
+                shard.store(*self._encode_batch(batch))
                 batch = []
         if batch:
-            self._encode_batch(batch, stored, views, rejects)
-        return self._publish(shard, planned, stored, views, rejects)
+            shard.store(*self._encode_batch(batch))
+        origin = Input(source.name, source.size)
+        outcome = Outcome(source.stem, origin, shard.planned, shard.rejected, truncated=source.truncated)
+        return write_shard(self.folder, self.dataset, shard.rows(), outcome)
 
     def _prepare(self, items: Iterator[Pair | Refusal]) -> Iterator[_Prepared | Refusal]:
         """Decode and preprocess in the decoders, in order, at most two batches ahead."""
@@ -142,23 +182,12 @@ class ShardEncoder:
         except Rejected as reject:
             return Refusal(pair.key, reject.reason)
 
-    def _encode_batch(
-        self,
-        batch: list[_Prepared],
-        stored: list[Pair],
-        views: list[list[np.ndarray]],
-        rejects: dict[str, list[str]],
-    ) -> None:
-        keys = [item.pair.key for item in batch]
+    def _encode_batch(self, batch: list[_Prepared]) -> tuple[list[Pair], list[np.ndarray]]:
+        """The pairs and their latents, one array (n, c, h, w) a view."""
+        pairs = [item.pair for item in batch]
         pixels = torch.from_numpy(np.stack([item.pixels for item in batch], axis=1))
         with self._codec_free:
-            encoded = [self._encode_view(view, keys) for view in pixels]
-        finite = np.logical_and.reduce([np.isfinite(latents).all(axis=(1, 2, 3)) for latents in encoded])
-        for item in (item for item, good in zip(batch, finite, strict=True) if not good):
-            rejects.setdefault(Reason.LATENT_NOT_FINITE, []).append(item.pair.key)
-        stored.extend(item.pair for item, good in zip(batch, finite, strict=True) if good)
-        for view, latents in zip(views, encoded, strict=True):
-            view.append(latents[finite])
+            return pairs, [self._encode_view(view, [pair.key for pair in pairs]) for view in pixels]
 
     def _encode_view(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
         """(n, size, size, 3) uint8 -> (n, c, h, w) float16; padded to the batch size with the last image."""
@@ -169,25 +198,6 @@ class ShardEncoder:
         latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind, seeds=seeds)
         with np.errstate(over="ignore"):  # what overflows fp16 becomes infinite and is rejected
             return latents[: len(keys)].float().cpu().numpy().astype(np.float16)
-
-    def _publish(
-        self,
-        shard: PairShard,
-        planned: int,
-        stored: list[Pair],
-        views: list[list[np.ndarray]],
-        rejects: dict[str, list[str]],
-    ) -> Record:
-        empty = np.zeros((0, *self.dataset.latent_shape), np.float16)
-        columns = {name: None for pair in stored for name in pair.metadata}  # a dict keeps the order of appearance
-        rows = LatentRows(
-            keys=[pair.key for pair in stored],
-            captions=[pair.caption for pair in stored],
-            latents=[np.concatenate([empty, *view]) for view in views],
-            metadata={name: [pair.metadata.get(name) for pair in stored] for name in columns},
-        )
-        outcome = Outcome(shard.stem, Input(shard.name, shard.size), planned, rejects, truncated=shard.truncated)
-        return write_shard(self.folder, self.dataset, rows, outcome)
 
 
 def _result(item: Refusal | Future[_Prepared | Refusal]) -> _Prepared | Refusal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from latentclip.records import (
     keys_digest,
     record_name,
 )
-from latentclip.storage import Folder, locate
+from latentclip.storage import Buffer, Folder, locate
 
 __all__ = [
     "Input",
@@ -38,6 +38,9 @@ __all__ = [
     "serialise",
     "write_shard",
 ]
+
+_BLOCK = 256
+"""Rows."""
 
 
 def write_shard(folder: Folder, dataset: DatasetFile, rows: LatentRows, outcome: Outcome) -> Record:
@@ -72,10 +75,11 @@ def find_record(folder: Folder, shard: str, container: str) -> Record | None:
     return newest
 
 
-def _record(data_file: str, generation: int, data: bytes, rows: LatentRows, outcome: Outcome) -> Record:
+def _record(data_file: str, generation: int, data: Buffer, rows: LatentRows, outcome: Outcome) -> Record:
     """The record of these rows. Raises ConservationError if they are not what the outcome leaves to be stored."""
     assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
-    assert all(np.isfinite(latents).all() for latents in rows.latents), f"NaN or Inf in shard {outcome.shard}"
+    blocks = (block for latents in rows.latents for block in _blocks(latents))
+    assert all(np.isfinite(block).all() for block in blocks), f"NaN or Inf in shard {outcome.shard}"
     rejects = {str(reason): len(keys) for reason, keys in outcome.rejected_keys.items()}
     filtered = sum(map(len, outcome.filtered_keys.values()))
     counts = Counts(outcome.planned, len(rows), sum(rejects.values()), filtered, len(outcome.removed_keys))
@@ -103,9 +107,16 @@ def _statistics(latents: np.ndarray) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of (n, c, h, w) latents."""
     if not len(latents):
         return {"channel_mean": [], "channel_std": []}
-    axes = (0, 2, 3)
-    mean = latents.mean(axes, dtype=np.float64)
-    return {"channel_mean": mean.tolist(), "channel_std": latents.std(axes, dtype=np.float64).tolist()}
+    axes, values = (0, 2, 3), latents.size // latents.shape[1]
+    mean = sum(block.sum(axes, dtype=np.float64) for block in _blocks(latents)) / values
+    centred = (block - mean[:, None, None] for block in _blocks(latents))
+    deviation = np.sqrt(sum(np.square(block).sum(axes) for block in centred) / values)
+    return {"channel_mean": mean.tolist(), "channel_std": deviation.tolist()}
+
+
+def _blocks(latents: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows at a time, so that what is computed of them stays small whatever the shard's size."""
+    return (latents[start : start + _BLOCK] for start in range(0, len(latents), _BLOCK))
 
 
 def read_shard(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
-from latentclip._stores import LocalStore, open_store
+from latentclip._stores import Buffer, LocalStore, open_store
 from latentclip.errors import UsageError
 
 
@@ -46,7 +46,7 @@ class Folder:
         """The whole file; raises FileNotFoundError if it is absent."""
         return self._store.read(name)
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: Buffer) -> bool:
         """Publish `data` under a free name, whole or not at all; True if the name holds these bytes afterwards.
 
         A store can lose the acknowledgement of a write and report a conflict with itself when the client tries
@@ -54,7 +54,7 @@ class Folder:
         """
         return self._store.write(name, data, overwrite=False) or self._store.read(name) == data
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: Buffer) -> None:
         """Write or overwrite, atomically. For logs and metrics, never for what is published."""
         self._store.write(name, data, overwrite=True)
 
