@@ -66,6 +66,10 @@ class Codec:
             return torch.cat([mean, log_variance], dim=1)
         return mean + torch.exp(0.5 * log_variance) * _noise(mean, seeds)
 
+    def compile(self) -> None:
+        """Fuse the encoder's operations with torch.compile; the first call for each batch shape takes a minute."""
+        self.module.encoder.compile()
+
     @torch.no_grad()
     def require_kind(self, kind: Kind) -> None:
         """Raise UsageError, before any image is read, for a kind the autoencoder has not."""

@@ -62,6 +62,8 @@ class EncodeSettings:
     """File format of the latent shards."""
     batch_size: int = 32
     """Images in one call of the codec. It changes the last bits of a latent, so it is part of the data set."""
+    compile: bool = False
+    """Fuse the encoder's operations with torch.compile, for accelerators: the first batch then takes a minute."""
     limits: ImageLimits = field(default_factory=ImageLimits)
     """What images are refused before they are decoded."""
     columns: PairColumns = field(default_factory=PairColumns)
@@ -76,7 +78,7 @@ class EncodeSettings:
 
     def preprocessing(self) -> dict[str, Any]:
         """What the dataset file says of the way from pixels to latents."""
-        names = ("image_size", "resize", "batch_size", "limits", "columns")
+        names = ("image_size", "resize", "batch_size", "compile", "limits", "columns")
         values = {name: value for name, value in asdict(self).items() if name in names}
         return {**values, "recipe": asdict(self.recipe) if self.views > 1 else None}
 
@@ -139,6 +141,8 @@ class ShardEncoder:
         self.settings = settings
         self.folder = folder
         self.dataset = dataset_file(codec, settings)
+        if settings.compile:
+            codec.compile()
         self.decoders = DecoderPool(settings.preparation(), decoders)
         self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._codec_free = Lock()
@@ -151,18 +155,13 @@ class ShardEncoder:
         """
         source = PairShard(shard_url, self.settings.columns)
         shard = _Shard(self.dataset)
-        batch: list[_Prepared] = []
-        for item in self._prepare(islice(iter(source), limit)):
-            shard.planned += 1
-            if isinstance(item, Refusal):
-                shard.refuse(item.key, item.reason)
-                continue
-            batch.append(item)
-            if len(batch) == self.settings.batch_size:
-                shard.store(*self._encode_batch(batch))
-                batch = []
-        if batch:
-            shard.store(*self._encode_batch(batch))
+        started: deque[_Started] = deque()
+        for batch in self._batches(shard, self._prepare(islice(iter(source), limit))):
+            started.append(self._start(batch))
+            if len(started) > 1:  # the device has its next batch before the last one is waited for
+                shard.store(*started.popleft().result())
+        for last in started:
+            shard.store(*last.result())
         origin = Input(source.name, source.size)
         outcome = Outcome(source.stem, origin, shard.planned, shard.rejected, truncated=source.truncated)
         return write_shard(self.folder, self.dataset, shard.rows(), outcome)
@@ -182,22 +181,62 @@ class ShardEncoder:
         except Rejected as reject:
             return Refusal(pair.key, reject.reason)
 
-    def _encode_batch(self, batch: list[_Prepared]) -> tuple[list[Pair], list[np.ndarray]]:
-        """The pairs and their latents, one array (n, c, h, w) a view."""
+    def _batches(self, shard: _Shard, items: Iterator[_Prepared | Refusal]) -> Iterator[list[_Prepared]]:
+        """Count the items, put refusals aside, and yield the rest in batches."""
+        batch: list[_Prepared] = []
+        for item in items:
+            shard.planned += 1
+            if isinstance(item, Refusal):
+                shard.refuse(item.key, item.reason)
+                continue
+            batch.append(item)
+            if len(batch) == self.settings.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _start(self, batch: list[_Prepared]) -> _Started:
+        """Give a batch to the device, which may still work on it afterwards."""
         pairs = [item.pair for item in batch]
         pixels = torch.from_numpy(np.stack([item.pixels for item in batch], axis=1))
         with self._codec_free:
-            return pairs, [self._encode_view(view, [pair.key for pair in pairs]) for view in pixels]
+            return _Started(pairs, [self._encode_view(view, [pair.key for pair in pairs]) for view in pixels])
 
-    def _encode_view(self, pixels: Tensor, keys: list[str]) -> np.ndarray:
+    def _encode_view(self, pixels: Tensor, keys: list[str]) -> Tensor:
         """(n, size, size, 3) uint8 -> (n, c, h, w) float16; padded to the batch size with the last image."""
         missing = self.settings.batch_size - len(pixels)
         seeds = sample_seeds(self.settings.seed, keys, missing) if self.settings.kind == "sample" else None
         padded = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]) if missing else pixels
-        images = padded.permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = _to_device(padded, self.codec.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind, seeds=seeds)
-        with np.errstate(over="ignore"):  # what overflows fp16 becomes infinite and is rejected
-            return latents[: len(keys)].float().cpu().numpy().astype(np.float16)
+        return latents[: len(keys)].half()  # what overflows fp16 becomes infinite and is rejected
+
+
+class _Started:
+    """A batch on the device: its copy back is queued behind it, and waited for only when it is asked for."""
+
+    def __init__(self, pairs: list[Pair], views: list[Tensor]) -> None:
+        self.pairs = pairs
+        self.event = None
+        if not views[0].is_cuda:
+            self.views = views
+            return
+        self.views = [torch.empty(view.shape, dtype=view.dtype, pin_memory=True) for view in views]
+        for host, view in zip(self.views, views, strict=True):
+            host.copy_(view, non_blocking=True)
+        self.event = torch.cuda.current_stream().record_event()
+
+    def result(self) -> tuple[list[Pair], list[np.ndarray]]:
+        """The pairs and their latents, one array (n, c, h, w) a view."""
+        if self.event:
+            self.event.synchronize()
+        return self.pairs, [view.numpy() for view in self.views]
+
+
+def _to_device(pixels: Tensor, device: torch.device) -> Tensor:
+    """As bytes, a quarter of float's, and from pinned memory, so that the copy waits for nothing."""
+    return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
 
 
 def _result(item: Refusal | Future[_Prepared | Refusal]) -> _Prepared | Refusal:

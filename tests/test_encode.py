@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -174,3 +175,13 @@ def test_killed_decoders_cost_nothing_but_time(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(hunted.decoders, "pixels", hunt)
     assert hunted.encode(str(pairs / "00000.tar")) == expected
     assert next(count) == 40
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_means_the_same(tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=1, rows=5)
+    stored = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        encoder(tmp_path / name, compile=compiled).encode(str(pairs / "00000.tar"))
+        stored.append(next(iter(LatentDataset(tmp_path / name))).latents[0].astype(np.float32))
+    np.testing.assert_allclose(*stored, atol=1e-2)
