@@ -34,6 +34,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from latentclip import allocator
 from latentclip.codec import Codec, load_codec
 from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.images import open_image, pixels, to_square
@@ -193,4 +194,5 @@ def main(config: EncodeBenchmark) -> None:
 
 
 if __name__ == "__main__":
+    allocator.restart_with_it()
     main(tyro.cli(EncodeBenchmark))

@@ -20,13 +20,11 @@ from typing import NoReturn
 import ray
 import ray.data  # before its loggers are silenced, since importing it sets their levels
 
+from latentclip import allocator
 from latentclip.errors import UsageError, drop_stdout
 
 LOCAL_ENVIRONMENT = {
-    # glibc gives large blocks back to the kernel at each free: on a CPU half of a training step was page faults.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    **allocator.ENVIRONMENT,
     # The machine is the user's own, and its work is what the user waits for.
     "RAY_worker_niceness": "0",
 }
