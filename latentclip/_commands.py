@@ -1,0 +1,57 @@
+"""The commands of `python -m latentclip` that change or watch a folder of latents."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+from latentclip.errors import UsageError
+from latentclip.removal import remove
+from latentclip.storage import read_bytes
+
+Latents = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LATENTS")]
+
+
+def remove_command(
+    latents: Latents, keys: str | None = None, column: str = "url", purge: bool = True, json: bool = False
+) -> int:
+    """Take samples out (takedown, opt-out), and keep every later encode from storing them again.
+
+    Each shard that stores one of them gets its next generation without them. May be killed and run again; a second
+    run writes nothing. Exit status: 0 done; 1 if a shard could not be read, so that nothing was removed there.
+
+    Args:
+        latents: Folder or URL of the latents.
+        keys: File of keys and URLs, one a line, compared exactly. Without it the removals so far are applied again.
+        column: Metadata column that holds the URLs.
+        purge: Delete the older generations' data files, which still hold what was removed. A training that reads
+            them just now stops, and goes on when it is started again.
+        json: Print one JSON object.
+    """
+    removal = remove(latents, _lines(keys) if keys else (), column, purge)
+    _print(removal, json)
+    return 1 if removal.problems else 0
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a text file without the blank ones. Raises UsageError if there are none."""
+    try:
+        text = read_bytes(file).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"the list {file} does not exist; check the path") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the list {file} is not UTF-8; convert it") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise UsageError(f"the list {file} is empty; give one key or URL a line")
+    return lines
+
+
+def _print(result: Any, json: bool) -> None:
+    print(json_module.dumps(result.to_json(), indent=1) if json else result)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"remove": remove_command}
