@@ -10,6 +10,7 @@ import tyro
 
 from latentclip.errors import UsageError
 from latentclip.removal import remove
+from latentclip.status import status
 from latentclip.storage import read_bytes
 
 Latents = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LATENTS")]
@@ -36,6 +37,22 @@ def remove_command(
     return 1 if removal.problems else 0
 
 
+def status_command(latents: Latents, pairs: str | None = None, records: bool = True, json: bool = False) -> int:
+    """Show how far an encode is, running or stopped: shards, samples, rejects by reason, rate and last activity.
+
+    Exit status: 0; 2 if a record cannot be read; 3 wrong usage.
+
+    Args:
+        latents: Folder or URL of the latents.
+        pairs: The pair shards they are made of (folder, pattern or list); default: what the last encode was given.
+        records: Read the records to count samples; without, file names alone are read.
+        json: Print one JSON object.
+    """
+    found = status(latents, pairs, records)
+    _print(found, json)
+    return 2 if found.problems else 0
+
+
 def _lines(file: str) -> list[str]:
     """The lines of a text file without the blank ones. Raises UsageError if there are none."""
     try:
@@ -54,4 +71,4 @@ def _print(result: Any, json: bool) -> None:
     print(json_module.dumps(result.to_json(), indent=1) if json else result)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"remove": remove_command}
+COMMANDS: dict[str, Callable[..., int]] = {"remove": remove_command, "status": status_command}
