@@ -35,6 +35,11 @@ class Reason(StrEnum):
     LATENT_NOT_FINITE = "latent_not_finite"
 
 
+RETRYABLE = frozenset({Reason.DECODER_DIED, Reason.IMAGE_TOO_SLOW, Reason.LATENT_NOT_FINITE, Reason.TRUNCATED})
+"""Reasons that may be gone after a fix: they tell of the machine, the software, or a download that was cut off. All
+others tell of the pair itself, and would come out the same."""
+
+
 class Rejected(Exception):  # noqa: N818 - it is an outcome, not a fault
     """Raised for one pair that cannot be stored; its shard goes on without it."""
 
