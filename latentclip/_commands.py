@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from latentclip.clean import clean, parse_age
 from latentclip.errors import UsageError
 from latentclip.removal import remove
 from latentclip.status import status
@@ -53,6 +54,20 @@ def status_command(latents: Latents, pairs: str | None = None, records: bool = T
     return 2 if found.problems else 0
 
 
+def clean_command(latents: Latents, older_than: str = "1h", dry_run: bool = False, json: bool = False) -> int:
+    """Delete what killed writers and superseded generations left: nothing that counts, and nothing young.
+
+    Args:
+        latents: Folder or URL of the latents.
+        older_than: Age from which a file is an orphan, with s, m, h or d. No writer of a job that still runs may
+            stand still for longer, and no training may still read generations that were superseded so long ago.
+        dry_run: Only name the files.
+        json: Print one JSON object.
+    """
+    _print(clean(latents, parse_age(older_than), dry_run), json)
+    return 0
+
+
 def _lines(file: str) -> list[str]:
     """The lines of a text file without the blank ones. Raises UsageError if there are none."""
     try:
@@ -71,4 +86,4 @@ def _print(result: Any, json: bool) -> None:
     print(json_module.dumps(result.to_json(), indent=1) if json else result)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"remove": remove_command, "status": status_command}
+COMMANDS: dict[str, Callable[..., int]] = {"remove": remove_command, "status": status_command, "clean": clean_command}

@@ -63,7 +63,10 @@ def write_shard(
             return existing
         record = _record(data_name(outcome.shard, generation, dataset.container), generation, data, rows, outcome)
         if folder.create(record.data, data):
-            return record if record.publish(folder) else Record.read(folder, record.name)
+            published = record.publish(folder)
+            if not folder.exists(record.data):  # this writer stood still for so long that it was collected as an orphan
+                folder.create(record.data, data)
+            return record if published else Record.read(folder, record.name)
     raise AssertionError("unreachable")
 
 
