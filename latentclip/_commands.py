@@ -10,6 +10,7 @@ import tyro
 
 from latentclip.clean import clean, parse_age
 from latentclip.errors import UsageError
+from latentclip.migrate import migrate
 from latentclip.removal import remove
 from latentclip.status import status
 from latentclip.storage import read_bytes
@@ -68,6 +69,22 @@ def clean_command(latents: Latents, older_than: str = "1h", dry_run: bool = Fals
     return 0
 
 
+def migrate_command(latents: Latents, dry_run: bool = False, json: bool = False) -> int:
+    """Write records of an older format anew in the newest one. Older formats are read without it, too.
+
+    Let no job of an older version run meanwhile. May be killed and run again. Exit status: 0; 2 if a file cannot be
+    read and was left as it is; 3 wrong usage.
+
+    Args:
+        latents: Folder or URL of the latents.
+        dry_run: Only count the files.
+        json: Print one JSON object.
+    """
+    done = migrate(latents, dry_run)
+    _print(done, json)
+    return 2 if done.problems else 0
+
+
 def _lines(file: str) -> list[str]:
     """The lines of a text file without the blank ones. Raises UsageError if there are none."""
     try:
@@ -86,4 +103,9 @@ def _print(result: Any, json: bool) -> None:
     print(json_module.dumps(result.to_json(), indent=1) if json else result)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"remove": remove_command, "status": status_command, "clean": clean_command}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "remove": remove_command,
+    "status": status_command,
+    "clean": clean_command,
+    "migrate": migrate_command,
+}

@@ -25,6 +25,7 @@ from latentclip.records import (
     record_name,
 )
 from latentclip.storage import Buffer, Folder, locate
+from latentclip.versions import upgrade
 
 __all__ = [
     "Input",
@@ -158,6 +159,7 @@ def read_shard(
         raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
     try:
         rows, header = parse(data, container, columns)
+        header = upgrade(header)
     except Exception as error:  # parsers of broken bytes raise anything
         raise ShardCorrupt(f"{url} is no latent shard ({error}); encode its shard again") from error
     if dataset is not None and header != dataset.header():

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentclip.pairs import Pair, Refusal
-from latentclip.records import FORMAT_VERSION, ShardCorrupt, keys_digest, seal, unseal
+from latentclip.records import ShardCorrupt, keys_digest, seal, unseal
 from latentclip.storage import Folder
+from latentclip.versions import FORMAT_VERSION
 
 FOLDER = "tombstones"
 
