@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,7 @@ from latentclip.removal import remove
 from latentclip.status import status
 from latentclip.storage import read_bytes
 
+Tars = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARS")]
 Latents = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LATENTS")]
 
 
@@ -85,6 +86,39 @@ def migrate_command(latents: Latents, dry_run: bool = False, json: bool = False)
     return 2 if done.problems else 0
 
 
+def import_command(
+    tars: Tars,
+    latents: Latents,
+    space: str,
+    image_size: int = 512,
+    scaled: bool = False,
+    kind: Literal["mean", "sample", "moments"] = "sample",
+    container: Literal["parquet", "webdataset"] = "parquet",
+    json: bool = False,
+) -> int:
+    """Make latent shards of tars with KEY.latent.pt (torch.save of a tensor), KEY.txt and KEY.json.
+
+    Only tensors are unpickled; anything else is a reject. May be killed and run again. Exit status: 0 done; 1 if a
+    tar could not be read whole; 3 wrong usage.
+
+    Args:
+        tars: The tars: a folder, a pattern or a list.
+        latents: Folder or URL for the latent shards.
+        space: What the latents mean: a .json file as LatentSpace.to_json gives it (a dataset.json will do), or the
+            codec that made them, as for encode.
+        image_size: Side of the images that were encoded, in pixels.
+        scaled: The tensors have the codec's scaling and shift applied.
+        kind: What the tensors are of the posterior.
+        container: File format of the latent shards.
+        json: Print one JSON object.
+    """
+    from latentclip.import_latents import import_latents, load_space  # torch takes seconds to import
+
+    done = import_latents(tars, latents, load_space(space), image_size, scaled=scaled, kind=kind, container=container)
+    _print(done, json)
+    return 1 if done.problems else 0
+
+
 def _lines(file: str) -> list[str]:
     """The lines of a text file without the blank ones. Raises UsageError if there are none."""
     try:
@@ -108,4 +142,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "status": status_command,
     "clean": clean_command,
     "migrate": migrate_command,
+    "import-latents": import_command,
 }
