@@ -93,7 +93,7 @@ def clean(latents: str, older_than: float = 3600, dry_run: bool = False) -> Clea
 def _orphans(folder: Folder, container: str) -> Iterator[tuple[str, str, float]]:
     """Kind, name and time of each file that does not count."""
     written = folder.modified()
-    newest = finished(folder)
+    newest = finished(folder, written)
     files = leftovers(written, container)
     for name in sorted(written):
         if name.startswith(STAGED):

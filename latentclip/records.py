@@ -221,10 +221,10 @@ def _versioned(stem: str, generation: int) -> str:
     return f"{stem}.g{generation}" if generation else stem
 
 
-def finished(folder: Folder) -> dict[str, str]:
-    """The newest record of each finished shard, by stem, from the names in the folder alone."""
+def finished(folder: Folder, names: Iterable[str] | None = None) -> dict[str, str]:
+    """The newest record of each finished shard, by stem, from the names in the folder (listed, if not given) alone."""
     newest: dict[str, tuple[int, str]] = {}
-    for name in folder.names():
+    for name in folder.names() if names is None else names:
         if name.endswith(RECORD_SUFFIX):
             stem, generation = split_generation(name.removesuffix(RECORD_SUFFIX))
             newest[stem] = max((generation, name), newest.get(stem, (0, "")))

@@ -93,7 +93,7 @@ def status(latents: str, pairs: str | None = None, records: bool = True) -> Stat
     folder = Folder(latents)
     dataset = DatasetFile.read(folder)
     written = folder.modified()
-    done = finished(folder)
+    done = finished(folder, written)
     files = leftovers(written, dataset.container)
     result = Status(
         latents=folder.url,
