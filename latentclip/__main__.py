@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import tyro
 
+from latentclip import _commands
 from latentclip.errors import UsageError, drop_stdout
 from latentclip.verify import verify
 
@@ -35,7 +36,7 @@ def verify_command(latents: Latents, pairs: str | None = None, json: bool = Fals
     return STATUS[report.state]
 
 
-COMMANDS = {"verify": verify_command}
+COMMANDS: dict[str, Callable[..., int]] = {"verify": verify_command, **_commands.COMMANDS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from latentclip.errors import UsageError
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"}
-_STAGED = ".staging-"
+STAGED = ".staging-"
+"""What the names of files begin with that are being written, or were left by a killed writer."""
 
 Buffer = bytes | memoryview
 """What is published: a shard may lie in a mapped file."""
@@ -26,7 +27,9 @@ class Store(Protocol):
 
     def names(self) -> list[str]: ...
     def exists(self, name: str) -> bool: ...
+    def modified(self) -> dict[str, float]: ...
     def read(self, name: str) -> bytes: ...
+    def open(self, name: str) -> BinaryIO: ...
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool: ...
     def delete(self, name: str) -> None: ...
 
@@ -40,19 +43,34 @@ class LocalStore:
     def names(self) -> list[str]:
         try:
             with os.scandir(self.path) as entries:
-                return [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(_STAGED)]
+                return [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(STAGED)]
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
 
+    def modified(self) -> dict[str, float]:
+        found = {}
+        try:
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # its writer published it under its name meanwhile
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        return found
+
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
+    def open(self, name: str) -> BinaryIO:
+        return (self.path / name).open("rb")
+
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         self.path.mkdir(parents=True, exist_ok=True)
-        staged = self.path / f"{_STAGED}{uuid.uuid4().hex}"
+        staged = self.path / f"{STAGED}{uuid.uuid4().hex}"
         try:
             self._write_synced(staged, data)
             if overwrite:
@@ -114,9 +132,20 @@ class ObjectStore:
                 return False
             return True
 
+    def modified(self) -> dict[str, float]:
+        with self._named(""):
+            entries = self.store.list_with_delimiter()["objects"]
+        return {entry["path"]: entry["last_modified"].timestamp() for entry in entries}
+
     def read(self, name: str) -> bytes:
         with self._named(name):
             return bytes(self.store.get(name).bytes())
+
+    def open(self, name: str) -> BinaryIO:
+        from obstore import open_reader
+
+        with self._named(name):
+            return cast(BinaryIO, open_reader(self.store, name))
 
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
@@ -166,8 +195,14 @@ class OtherStore:
     def exists(self, name: str) -> bool:
         return bool(self.fs.isfile(f"{self.root}/{name}"))
 
+    def modified(self) -> dict[str, float]:
+        return {name: self.fs.modified(f"{self.root}/{name}").timestamp() for name in self.names()}
+
     def read(self, name: str) -> bytes:
         return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self.fs.open(f"{self.root}/{name}", "rb"))
 
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         self.fs.makedirs(self.root, exist_ok=True)

@@ -8,7 +8,7 @@ import tarfile
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -64,15 +64,30 @@ def serialise(rows: LatentRows, dataset: DatasetFile) -> memoryview:
     return file.bytes()
 
 
-def parse(data: Buffer, container: str, columns: Sequence[str] | None = None) -> tuple[LatentRows, dict[str, Any]]:
-    """The rows and the header (`DatasetFile.header`) in the bytes of a shard.
+def parse(
+    data: Buffer | BinaryIO, container: str, columns: Sequence[str] | None = None
+) -> tuple[LatentRows, dict[str, Any]]:
+    """The rows and the header (`DatasetFile.header`) in the bytes of a shard, or in an open file of them.
 
     `columns` chooses among `caption`, the views and the metadata (all by default); keys are always read. Latents of
     Parquet are views of Arrow's buffers. Raises whatever the parser raises for bytes that are no shard.
     """
+    file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else data
     if container == "webdataset":
-        return _from_tar(data, columns)
-    return _from_parquet(data, columns)
+        return _from_tar(file, columns)
+    return _from_parquet(pa.BufferReader(data) if isinstance(data, bytes | memoryview) else file, columns)
+
+
+def holds_latents(file: BinaryIO, container: str) -> bool:
+    """Whether an open file begins or ends as `serialise` makes them; reads no latents."""
+    try:
+        if container == "webdataset":
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                first = tar.next()
+            return first is not None and first.name == _TAR_HEADER
+        return _HEADER in (pq.read_schema(file).metadata or {})
+    except (tarfile.TarError, pa.ArrowException, OSError, ValueError):
+        return False
 
 
 def _little_endian(latents: np.ndarray) -> np.ndarray:
@@ -116,8 +131,8 @@ def _to_parquet(
     )
 
 
-def _from_parquet(data: Buffer, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
-    file = pq.ParquetFile(pa.BufferReader(data))
+def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
+    file = pq.ParquetFile(source)
     schema = file.schema_arrow
     header = json.loads((schema.metadata or {})[_HEADER])
     table = file.read([name for name in schema.names if name == "key" or columns is None or name in columns])
@@ -190,9 +205,9 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _from_tar(data: Buffer, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
+def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
     members: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+    with tarfile.open(fileobj=source, mode="r:") as tar:
         for member in tar:
             file = tar.extractfile(member)
             assert file is not None

@@ -32,12 +32,15 @@ from latentclip.order import key_words, mix
 from latentclip.pairs import Pair, PairColumns, PairShard, Refusal
 from latentclip.records import DatasetFile, Input, Outcome, Record
 from latentclip.rejects import Reason, Rejected
+from latentclip.removal import honour_late_tombstones
 from latentclip.shards import LatentRows, write_shard
 from latentclip.spool import Spool
 from latentclip.storage import Folder
+from latentclip.tombstones import Removed, Tombstones, read_tombstones
 from latentclip.views import ViewRecipe
 
 Container = Literal["parquet", "webdataset"]
+Dropped = Refusal | Removed
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class _Prepared:
     """(views, size, size, 3) uint8: a quarter of the bytes of float, so that reading ahead stays small."""
 
 
-class _Shard:
+class Work:
     """What has become of the pairs of one shard so far. Images are let go, and latents lie in a spool."""
 
     def __init__(self, dataset: DatasetFile) -> None:
@@ -100,12 +103,14 @@ class _Shard:
         self.dtype = np.dtype(dataset.latent_space.dtype)
         self.planned = 0
         self.rejected: dict[str, list[str]] = {}
+        self.removed: list[str] = []
         self.keys: list[str] = []
         self.captions: list[str] = []
         self.metadata: list[dict[str, Any]] = []
         self.views = [Spool() for _ in range(dataset.views)]
 
     def refuse(self, key: str, reason: Reason) -> None:
+        """Count a pair that is not stored."""
         self.rejected.setdefault(reason, []).append(key)
 
     def store(self, pairs: list[Pair], views: list[np.ndarray]) -> None:
@@ -146,6 +151,7 @@ class ShardEncoder:
         self.decoders = DecoderPool(settings.preparation(), decoders)
         self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._codec_free = Lock()
+        self._stones = Tombstones()
 
     def encode(self, shard_url: str, limit: int | None = None) -> Record:
         """Encode one shard (its first `limit` pairs) and publish it with its record.
@@ -154,23 +160,36 @@ class ShardEncoder:
         nothing can be read, and ConservationError if a single pair is unaccounted for.
         """
         source = PairShard(shard_url, self.settings.columns)
-        shard = _Shard(self.dataset)
+        stones = self._stones = read_tombstones(self.folder, self._stones)
+        shard = self.work(stones.mark(islice(iter(source), limit)))
+        outcome = Outcome(
+            source.stem,
+            Input(source.name, source.size),
+            shard.planned,
+            shard.rejected,
+            removed_keys=shard.removed,
+            truncated=source.truncated,
+        )
+        record = write_shard(self.folder, self.dataset, shard.rows(), outcome)
+        return honour_late_tombstones(self.folder, self.dataset, record, stones)
+
+    def work(self, items: Iterator[Pair | Dropped]) -> Work:
+        """Decode and encode pairs, in order; publishes nothing."""
+        shard = Work(self.dataset)
         started: deque[_Started] = deque()
-        for batch in self._batches(shard, self._prepare(islice(iter(source), limit))):
+        for batch in self._batches(shard, self._prepare(items)):
             started.append(self._start(batch))
             if len(started) > 1:  # the device has its next batch before the last one is waited for
                 shard.store(*started.popleft().result())
         for last in started:
             shard.store(*last.result())
-        origin = Input(source.name, source.size)
-        outcome = Outcome(source.stem, origin, shard.planned, shard.rejected, truncated=source.truncated)
-        return write_shard(self.folder, self.dataset, shard.rows(), outcome)
+        return shard
 
-    def _prepare(self, items: Iterator[Pair | Refusal]) -> Iterator[_Prepared | Refusal]:
+    def _prepare(self, items: Iterator[Pair | Dropped]) -> Iterator[_Prepared | Dropped]:
         """Decode and preprocess in the decoders, in order, at most two batches ahead."""
-        waiting: deque[Refusal | Future[_Prepared | Refusal]] = deque()
+        waiting: deque[Dropped | Future[_Prepared | Refusal]] = deque()
         for item in items:
-            waiting.append(item if isinstance(item, Refusal) else self._threads.submit(self._decode, item))
+            waiting.append(self._threads.submit(self._decode, item) if isinstance(item, Pair) else item)
             if len(waiting) > 2 * self.settings.batch_size:
                 yield _result(waiting.popleft())
         yield from map(_result, waiting)
@@ -181,11 +200,14 @@ class ShardEncoder:
         except Rejected as reject:
             return Refusal(pair.key, reject.reason)
 
-    def _batches(self, shard: _Shard, items: Iterator[_Prepared | Refusal]) -> Iterator[list[_Prepared]]:
-        """Count the items, put refusals aside, and yield the rest in batches."""
+    def _batches(self, shard: Work, items: Iterator[_Prepared | Dropped]) -> Iterator[list[_Prepared]]:
+        """Count the items, put aside what is not encoded, and yield the rest in batches."""
         batch: list[_Prepared] = []
         for item in items:
             shard.planned += 1
+            if isinstance(item, Removed):
+                shard.removed.append(item.key)
+                continue
             if isinstance(item, Refusal):
                 shard.refuse(item.key, item.reason)
                 continue
@@ -239,8 +261,8 @@ def _to_device(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
 
 
-def _result(item: Refusal | Future[_Prepared | Refusal]) -> _Prepared | Refusal:
-    return item if isinstance(item, Refusal) else item.result()
+def _result(item: Dropped | Future[_Prepared | Refusal]) -> _Prepared | Dropped:
+    return item.result() if isinstance(item, Future) else item
 
 
 def sample_seeds(seed: int, keys: list[str], padding: int = 0) -> list[int]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.storage import Folder
+from latentclip.versions import FORMAT_VERSION, upgrade
 
-FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 SUFFIXES = {"parquet": ".parquet", "webdataset": ".tar"}
 RECORD_SUFFIX = ".record.json"
@@ -221,10 +221,10 @@ def _versioned(stem: str, generation: int) -> str:
     return f"{stem}.g{generation}" if generation else stem
 
 
-def finished(folder: Folder) -> dict[str, str]:
-    """The newest record of each finished shard, by stem, from the names in the folder alone."""
+def finished(folder: Folder, names: Iterable[str] | None = None) -> dict[str, str]:
+    """The newest record of each finished shard, by stem, from the names in the folder (listed, if not given) alone."""
     newest: dict[str, tuple[int, str]] = {}
-    for name in folder.names():
+    for name in folder.names() if names is None else names:
         if name.endswith(RECORD_SUFFIX):
             stem, generation = split_generation(name.removesuffix(RECORD_SUFFIX))
             newest[stem] = max((generation, name), newest.get(stem, (0, "")))
@@ -243,7 +243,12 @@ def seal(values: dict[str, Any]) -> bytes:
 
 
 def unseal(data: bytes, name: str) -> dict[str, Any]:
-    """What `seal` was given; raises ShardCorrupt, naming the file, if a byte differs or the format is newer."""
+    """What `seal` was given, in the newest format.
+
+    Raises:
+        ShardCorrupt: a byte differs; the message names the file.
+        UsageError: the format is newer than this program.
+    """
     try:
         values = json.loads(data)
         values.pop("checksum")
@@ -252,9 +257,10 @@ def unseal(data: bytes, name: str) -> dict[str, Any]:
         intact = False
     if not intact:
         raise ShardCorrupt(f"{name} was changed after it was written; restore it, or encode again")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise UsageError(f"{name} is of format {values.get('format_version')}; update latentclip to read it")
-    return values
+    try:
+        return upgrade(values)
+    except UsageError as error:
+        raise UsageError(f"{name} cannot be read: {error}") from None
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -33,6 +33,17 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"
     """The shard ends inside this pair, or before it although its `_stats.json` counts it."""
     LATENT_NOT_FINITE = "latent_not_finite"
+    LATENT_MISSING = "latent_missing"
+    """Of imported latents: there is none of this key."""
+    LATENT_BROKEN = "latent_broken"
+    """Of imported latents: holds more, or other, than a tensor of floats; a pickle with a program in it is one."""
+    LATENT_SHAPE = "latent_shape"
+    """Of imported latents: another shape than its data set's."""
+
+
+RETRYABLE = frozenset({Reason.DECODER_DIED, Reason.IMAGE_TOO_SLOW, Reason.LATENT_NOT_FINITE, Reason.TRUNCATED})
+"""Reasons that may be gone after a fix: they tell of the machine, the software, or a download that was cut off. All
+others tell of the pair itself, and would come out the same."""
 
 
 class Rejected(Exception):  # noqa: N818 - it is an outcome, not a fault

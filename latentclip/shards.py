@@ -25,6 +25,7 @@ from latentclip.records import (
     record_name,
 )
 from latentclip.storage import Buffer, Folder, locate
+from latentclip.versions import upgrade
 
 __all__ = [
     "Input",
@@ -43,30 +44,37 @@ _BLOCK = 256
 """Rows."""
 
 
-def write_shard(folder: Folder, dataset: DatasetFile, rows: LatentRows, outcome: Outcome) -> Record:
+def write_shard(
+    folder: Folder, dataset: DatasetFile, rows: LatentRows, outcome: Outcome, supersedes: Record | None = None
+) -> Record:
     """Publish one shard, the data file first and its record last, and return the record that counts.
 
     May be interrupted and repeated anywhere. A shard that has a record is left alone. A data file without a record is
     adopted if it holds these bytes; else its writer died or works elsewhere, and the next generation is published.
+    `supersedes` is the record whose shard is published anew: one of a later generation is then what is left alone.
 
     Raises:
         ConservationError: rows and rejects are not what was planned; nothing is written.
         UsageError: the shard's name cannot be used; nothing is written.
     """
     data = serialise(rows, dataset)
-    for generation in itertools.count():
-        if existing := find_record(folder, outcome.shard, dataset.container):
+    first = supersedes.generation + 1 if supersedes else 0
+    for generation in itertools.count(first):
+        if existing := find_record(folder, outcome.shard, dataset.container, first):
             return existing
         record = _record(data_name(outcome.shard, generation, dataset.container), generation, data, rows, outcome)
         if folder.create(record.data, data):
-            return record if record.publish(folder) else Record.read(folder, record.name)
+            published = record.publish(folder)
+            if not folder.exists(record.data):  # this writer stood still for so long that it was collected as an orphan
+                folder.create(record.data, data)
+            return record if published else Record.read(folder, record.name)
     raise AssertionError("unreachable")
 
 
-def find_record(folder: Folder, shard: str, container: str) -> Record | None:
-    """The newest record of one shard, or None, without listing the folder."""
+def find_record(folder: Folder, shard: str, container: str, first: int = 0) -> Record | None:
+    """The newest record of one shard from generation `first` on, or None, without listing the folder."""
     newest = None
-    for generation in itertools.count():
+    for generation in itertools.count(first):
         try:
             newest = Record.read(folder, record_name(shard, generation))
         except FileNotFoundError:
@@ -151,6 +159,7 @@ def read_shard(
         raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
     try:
         rows, header = parse(data, container, columns)
+        header = upgrade(header)
     except Exception as error:  # parsers of broken bytes raise anything
         raise ShardCorrupt(f"{url} is no latent shard ({error}); encode its shard again") from error
     if dataset is not None and header != dataset.header():

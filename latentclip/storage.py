@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from latentclip._stores import Buffer, LocalStore, open_store
@@ -45,6 +46,14 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The whole file; raises FileNotFoundError if it is absent."""
         return self._store.read(name)
+
+    def open(self, name: str) -> BinaryIO:
+        """The file, to read parts of it; raises FileNotFoundError if it is absent."""
+        return self._store.open(name)
+
+    def modified(self) -> dict[str, float]:
+        """When each file was last written, in seconds since 1970; on a local disk also those still being written."""
+        return self._store.modified()
 
     def create(self, name: str, data: Buffer) -> bool:
         """Publish `data` under a free name, whole or not at all; True if the name holds these bytes afterwards.

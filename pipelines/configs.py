@@ -28,6 +28,8 @@ class EncodeConfig:
     settings: Annotated[EncodeSettings, Flat] = field(default_factory=EncodeSettings)
     limit: int | None = None
     """Encode only the first so many pairs. Another limit needs another output folder."""
+    retry: str | None = None
+    """Also encode the rejects of these reasons again, separated by commas; `retryable`: all that a fix may cure."""
     encoders: int | None = None
     """Encoder actors; default: one for each GPU of the cluster, or one without GPUs."""
     threads: int | None = None

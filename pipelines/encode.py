@@ -26,6 +26,8 @@ from latentclip.codec import load_codec
 from latentclip.encode import ShardEncoder, dataset_file
 from latentclip.errors import UsageError
 from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
+from latentclip.records import Record
+from latentclip.retry import due, parse_reasons, retried, retry
 from latentclip.shards import finished
 from latentclip.storage import Folder, list_shards
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
@@ -41,23 +43,48 @@ class Encoder:
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         codec = load_codec(config.codec, device=device)
+        self.retried = parse_reasons(config.retry) if config.retry else frozenset()
         self.encoder = ShardEncoder(codec, config.settings, Folder(config.latents), decoders=config.decoders or threads)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Encode the shards of a batch from Ray Data; one result each."""
-        results = [self.encode(str(url), int(limit)) for url, limit in zip(batch["shard"], batch["limit"], strict=True)]
+        rows = zip(batch["shard"], batch["limit"], batch["record"], strict=True)
+        results = [self.encode(str(url), int(limit), str(record)) for url, limit, record in rows]
         return {name: [result[name] for result in results] for name in results[0]}
 
-    def encode(self, url: str, limit: int) -> dict[str, Any]:
-        """Encode one shard; one that cannot be read or written is an answer, not an exception: the others go on."""
+    def encode(self, url: str, limit: int, name: str) -> dict[str, Any]:
+        """Encode one shard, or the rejects of the record of that name again; returns what became of its pairs.
+
+        One that cannot be read or written is an answer, not an exception: the others go on.
+        """
         try:
+            if name:
+                return self.retry(url, limit if limit >= 0 else None, name)
             record = self.encoder.encode(url, limit if limit >= 0 else None)
         except (UsageError, OSError) as error:
             problem = str(error) if isinstance(error, ShardUnreadable) else f"{url} is not encoded: {error}"
             return {"shard": url, "planned": 0, "stored": 0, "rejected": 0, "problem": problem}
-        problem = f"{Path(url).name} is cut off; what could be read is stored" if record.truncated else ""
         counts = {name: getattr(record.counts, name) for name in ("planned", "stored", "rejected")}
-        return {"shard": url, **counts, "problem": problem}
+        return {"shard": url, **counts, "problem": cut_off(url, record)}
+
+    def retry(self, url: str, limit: int | None, name: str) -> dict[str, Any]:
+        """Encode the rejects of one shard again; counts them alone."""
+        before = Record.read(self.encoder.folder, name)
+        after = retry(self.encoder, url, before, self.retried, limit)
+        planned = retried(before, self.retried) + after.counts.planned - before.counts.planned
+        stored = after.counts.stored - before.counts.stored
+        return {
+            "shard": url,
+            "planned": planned,
+            "stored": stored,
+            "rejected": planned - stored,
+            "problem": cut_off(url, after),
+        }
+
+
+def cut_off(url: str, record: Record) -> str:
+    """What is wrong with a pair shard that ended early, or nothing."""
+    return f"{Path(url).name} is cut off; what could be read is stored" if record.truncated else ""
 
 
 def share_limit(shards: list[str], limit: int | None, columns: PairColumns) -> Iterator[tuple[str, int]]:
@@ -81,6 +108,20 @@ def remaining(config: EncodeConfig) -> tuple[list[tuple[str, int]], int]:
     return [(url, planned[url]) for url in todo if url in planned], len(shards) - len(todo)
 
 
+def to_retry(config: EncodeConfig) -> list[tuple[str, int, str]]:
+    """The finished shards that have rejects to encode again, each with the name of its record."""
+    if config.retry is None:
+        return []
+    records = due(Folder(config.latents), parse_reasons(config.retry))
+    shards = {Path(url).stem: url for url in list_shards(config.pairs, SUFFIXES)}
+    limited = config.limit is not None
+    return [
+        (shards[stem], record.counts.planned if limited else -1, record.name)
+        for stem, record in records.items()
+        if stem in shards
+    ]
+
+
 def pool_size(config: EncodeConfig) -> tuple[int, dict[str, Any], int]:
     """How many actors, what each asks of Ray, and the CPU threads of each."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -89,13 +130,13 @@ def pool_size(config: EncodeConfig) -> tuple[int, dict[str, Any], int]:
     return actors, {"num_gpus": 1.0} if gpus else {"num_cpus": 1.0}, threads
 
 
-def encode_shards(config: EncodeConfig, todo: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def encode_shards(config: EncodeConfig, todo: list[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
     """Run the actors over the shards; yields one result a shard, in the order in which they end."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     actors, resources, threads = pool_size(config)
-    rows = [{"shard": url, "limit": limit} for url, limit in todo]
+    rows = [{"shard": url, "limit": limit, "record": record} for url, limit, record in todo]
     # Two shards at once in an actor: while one is read or written, the codec works for the other.
     strategy = ray.data.ActorPoolStrategy(
         size=min(actors, len(todo)),
@@ -118,10 +159,13 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     check_output(config.latents)
     codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
     config = replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
-    todo, done = remaining(config)
+    unfinished, done = remaining(config)
+    again = to_retry(config)
+    todo = [*((url, limit, "") for url, limit in unfinished), *again]
     dataset = replace(dataset_file(load_codec(config.codec), config.settings), limit=config.limit)
     latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
-    print(f"encode: {done} shards done, {len(todo)} to do, {latents}", flush=True)
+    retries = f", {len(again)} to retry" if config.retry else ""
+    print(f"encode: {done} shards done, {len(unfinished)} to do{retries}, {latents}", flush=True)
     if config.dry_run:
         return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
     folder = Folder(config.latents)
