@@ -99,9 +99,8 @@ def main(config: ScanBenchmark) -> None:
     listed = ", ".join(f"{count:,} for {what}" for what, count in requests(config))
     print(f"in an object store: list requests of {LIST_PAGE:,} names: {listed}")
     packages = ", ".join(f"{package} {version(package)}" for package in ("latentclip", "obstore", "numpy"))
-    print(
-        f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}, {packages}"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
+    print(f"{machine}, Python {platform.python_version()}, {packages}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from urllib.parse import unquote
 from latentclip._stores import Buffer, LocalStore, open_store
 from latentclip.errors import UsageError
 
-
 LIST_PAGE = 1_000
 """Names in the answer to one list request of an object store: a folder of n files costs n / 1,000 requests."""
 

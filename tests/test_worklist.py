@@ -50,7 +50,7 @@ def test_a_long_list_says_what_a_short_one_says(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UsageError, match="two shards of one name"):
         list_shards(tmp_path / "list.txt", (".tar",))
     Path(paths[7]).unlink()
-    with pytest.raises(UsageError, match="00007.tar does not exist"):
+    with pytest.raises(UsageError, match=r"00007\.tar does not exist"):
         list_shards(tmp_path / "list.txt", (".tar",))
 
 
