@@ -16,6 +16,9 @@ from urllib.parse import unquote
 from latentclip._stores import Buffer, LocalStore, open_store
 from latentclip.errors import UsageError
 
+LIST_PAGE = 1_000
+"""Names in the answer to one list request of an object store: a folder of n files costs n / 1,000 requests."""
+
 
 class Folder:
     """A flat folder: a local path, `file://`, `s3://`, `gs://`, `az://`, or any URL fsspec knows. It may not exist yet.
@@ -97,10 +100,9 @@ def list_shards(source: str | Path, suffixes: tuple[str, ...]) -> list[str]:
         UsageError: nothing there, a file of another suffix, or two shards of one stem (their outputs would have one
             name).
     """
+    shards, others = _found_together(_items(str(source)), suffixes)
     with ThreadPoolExecutor(16) as pool:
-        shards = [
-            shard for found in pool.map(lambda item: _expand(item, suffixes), _items(str(source))) for shard in found
-        ]
+        shards += [shard for found in pool.map(lambda item: _expand(item, suffixes), others) for shard in found]
     if not shards:
         raise UsageError(
             f"{source} holds no shards ({', '.join(suffixes)}); name a folder, a pattern or a list of them"
@@ -132,6 +134,32 @@ def _items(source: str) -> list[str]:
             raise UsageError(f"the list {source} does not exist; check the path") from None
         return [line.strip() for line in lines if line.strip()]
     return list(braceexpand(source)) if "{" in source else [item.strip() for item in source.split(",") if item.strip()]
+
+
+def _found_together(items: list[str], suffixes: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The files among `items` found by listing those folders of which there are many, and the items left to look up.
+
+    A long list would cost a request an item in an object store, against one for a page of names. HTTP has no lists.
+    """
+    if len(items) < LIST_PAGE:
+        return [], items
+    by_folder: dict[str, list[str]] = {}
+    for item in items:
+        by_folder.setdefault(item.rpartition("/")[0], []).append(item)
+    found, others = [], []
+    for parent, members in by_folder.items():
+        if len(members) < LIST_PAGE or parent.startswith(("file:", "http:", "https:")):
+            others += members
+            continue
+        folder = Folder(parent or ("/" if members[0].startswith("/") else "."))
+        names, prefix = set(folder.names()), str(Path(folder.url).absolute()) if folder.is_local else folder.url
+        for item in members:
+            name = _basename(item)
+            if name in names and name.endswith(suffixes):
+                found.append(f"{prefix}/{name}")
+            else:
+                others.append(item)
+    return found, others
 
 
 def _expand(item: str, suffixes: tuple[str, ...]) -> list[str]:

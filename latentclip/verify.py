@@ -1,132 +1,167 @@
 """Prove that nothing was lost: every shard against its record, and every input key against the shards.
 
-Works through the folder a shard at a time, so memory does not grow with the number of rows.
+Works a shard at a time, so memory does not grow with the number of rows. One machine does it here;
+`pipelines/verify.py` gives the same shards of the same plan to a cluster and collects the same parts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from latentclip.duplicates import KeyIndex
 from latentclip.errors import UsageError
+from latentclip.order import key_words
 from latentclip.records import (
     DATASET_FILE,
     SUFFIXES,
     DatasetFile,
     Record,
     ShardCorrupt,
+    data_name,
     finished,
     keys_digest,
     split_generation,
 )
 from latentclip.shards import LatentRows, read_shard
 from latentclip.storage import Folder, list_shards, shard_stem
+from latentclip.verify_report import Report
+
+__all__ = ["Checked", "Checks", "Plan", "Report", "ShardNames", "check_shard", "collect", "make_plan", "verify"]
 
 PAIR_SUFFIXES = (".tar", ".parquet")
 WORKERS = 2
 """Shards checked at a time; each is held in memory whole."""
-
-
-@dataclass
-class Report:
-    """What a folder of latents holds. Counts are of samples, except `shards`, the number of records."""
-
-    planned: int = 0
-    stored: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    filtered: int = 0
-    removed: int = 0
-    pending: int = 0
-    """Samples of pair shards that have no record yet; 0 where no pairs were given."""
-    shards: int = 0
-    bad_shards: list[dict[str, str]] = field(default_factory=list)
-    """`{"shard", "problem"}` each."""
-    truncated_shards: list[str] = field(default_factory=list)
-    """Shards whose input ended early."""
-    unfinished_shards: list[str] = field(default_factory=list)
-    """Data files without a record: their writer was interrupted."""
-    missing_shards: list[str] = field(default_factory=list)
-    """Pair shards without a record."""
-    unmatched_shards: list[str] = field(default_factory=list)
-    """Records without a pair shard."""
-
-    @property
-    def state(self) -> str:
-        """`corrupt` if a shard is bad, else `incomplete` if anything is undone or unproven, else `complete`."""
-        if self.bad_shards:
-            return "corrupt"
-        open_ends = (self.truncated_shards, self.unfinished_shards, self.missing_shards, self.unmatched_shards)
-        return "incomplete" if self.pending or any(open_ends) else "complete"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON, with the state."""
-        return {**asdict(self), "rejected": dict(sorted(self.rejected.items())), "state": self.state}
-
-    def __str__(self) -> str:
-        rows = [("planned", self.planned), ("stored", self.stored), ("rejected", self.rejected.total())]
-        rows += [(f"  {reason}", count) for reason, count in sorted(self.rejected.items())]
-        rows += [("filtered", self.filtered), ("removed", self.removed), ("pending", self.pending)]
-        lines = [f"{name:<26}{count:>16,}" for name, count in [*rows, ("shards", self.shards)]]
-        for title in ("truncated", "unfinished", "missing", "unmatched"):
-            lines += [f"{title} shard: {name}" for name in getattr(self, f"{title}_shards")]
-        lines += [f"bad shard: {bad['shard']}: {bad['problem']}" for bad in self.bad_shards]
-        return "\n".join([*lines, self.state])
-
-    def add(self, record: Record) -> None:
-        """Count the samples of one record."""
-        self.planned += record.counts.planned
-        self.stored += record.counts.stored
-        self.rejected.update(record.rejects)
-        self.filtered += record.counts.filtered
-        self.removed += record.counts.removed
-        if record.truncated:
-            self.truncated_shards.append(record.shard)
+Depth = Literal["records", "bytes", "deep"]
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """What one shard came to: its record if that can be read, what is wrong, and samples without a record."""
+class Checks:
+    """What every shard is checked by; small, so that it travels to each worker."""
 
-    shard: str
-    record: Record | None = None
-    problem: str = ""
-    pending: int = 0
-    truncated: bool = False
+    latents: str
+    dataset: DatasetFile
+    depth: Depth = "bytes"
+    """`records` reads records alone; `bytes` every shard; `deep` finds keys in two shards too, and decodes samples."""
+    codec: str | None = None
+    """Decodes samples; only with `deep`."""
 
 
-def verify(latents: str, pairs: str | None = None) -> Report:
+@dataclass(frozen=True)
+class ShardNames:
+    """One shard as the names in the folders tell: its record and its pair shard, of which one may be missing."""
+
+    stem: str
+    record: str | None
+    source: str | None
+    has_data: bool = True
+    """Whether the data file that the record's generation has is there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards to check, and what their names alone tell."""
+
+    checks: Checks
+    shards: list[ShardNames]
+    report: Report
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one shard came to: its part of the report, and with `deep` a word (n,) for each stored key."""
+
+    report: Report
+    url: str = ""
+    words: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+
+
+def verify(latents: str, pairs: str | None = None, depth: Depth = "bytes", codec: str | None = None) -> Report:
     """Check a folder of latents, and with `pairs` (folder, pattern or list) that every input key is accounted for.
 
     Raises:
-        UsageError: the folder or `dataset.json` is absent, or there are no pairs.
+        UsageError: the folder or `dataset.json` is absent, there are no pairs, or the codec is of another latent space.
     """
+    plan = make_plan(latents, pairs, depth, codec)
+    return collect(plan, _check_here(plan))
+
+
+def _check_here(plan: Plan) -> Iterator[Checked]:
+    waiting: deque[Future[Checked]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for shard in plan.shards:  # a few at a time: what is not collected yet holds the keys of its shard
+            waiting.append(pool.submit(check_shard, plan.checks, shard))
+            if len(waiting) > 2 * WORKERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def collect(plan: Plan, parts: Iterable[Checked]) -> Report:
+    """Add up what the shards of a plan came to, in any order; with `deep`, find the keys that two of them hold."""
+    report = plan.report
+    with ExitStack() as stack:
+        index = stack.enter_context(KeyIndex()) if plan.checks.depth == "deep" else None
+        for checked in tqdm(parts, total=len(plan.shards), unit="shard", disable=None):
+            report.merge(checked.report)
+            if index and checked.url:
+                index.add(checked.url, checked.words)
+        if index:
+            report.duplicate_keys, found = index.duplicates()
+            for key, *urls in found:
+                report.duplicates.append({"key": key, "shards": [url.rpartition("/")[2] for url in urls]})
+    report.sort()
+    return report
+
+
+def make_plan(latents: str, pairs: str | None = None, depth: Depth = "bytes", codec: str | None = None) -> Plan:
+    """What there is to check, from the names in the folders; raises as `verify` does."""
     folder = Folder(latents)
     sources = {shard_stem(url, PAIR_SUFFIXES): url for url in list_shards(pairs, PAIR_SUFFIXES)} if pairs else {}
     try:
         dataset = DatasetFile.read(folder)
     except ShardCorrupt as error:
-        return Report(bad_shards=[{"shard": DATASET_FILE, "problem": str(error)}])
+        checks = Checks(latents, None, depth)  # type: ignore[arg-type]  # no shard is left to be checked by it
+        return Plan(checks, [], Report(bad_shards=[{"shard": DATASET_FILE, "problem": str(error)}]))
+    _require_codec(codec, depth, dataset, latents)
+    names = folder.names()
     records = finished(folder)
-    report = Report(shards=len(records))
-    report.unfinished_shards = list(_unfinished(folder.names(), records))
+    report = Report(shards=len(records), unfinished_shards=list(_unfinished(names, records)))
     if pairs:
         if _limit_is_reached(folder, dataset, records):
             sources = {stem: url for stem, url in sources.items() if stem in records}
         report.missing_shards = sorted(set(sources) - set(records))
         report.unmatched_shards = sorted(set(records) - set(sources))
-    stems = sorted(set(sources) | set(records))
-    with ThreadPoolExecutor(WORKERS) as pool:
-        results = pool.map(lambda stem: _check(folder, dataset, stem, records.get(stem), sources.get(stem)), stems)
-        for checked in tqdm(results, total=len(stems), unit="shard", disable=None):
-            _count(report, checked)
-    return report
+    there = set(names)
+    shards = [
+        ShardNames(stem, records.get(stem), sources.get(stem), _data_of(stem, records, dataset) in there)
+        for stem in sorted(set(sources) | set(records))
+    ]
+    return Plan(Checks(latents, dataset, depth, codec), shards, report)
+
+
+def _require_codec(codec: str | None, depth: Depth, dataset: DatasetFile, latents: str) -> None:
+    if not codec:
+        return
+    if depth != "deep":
+        raise UsageError("a codec is for decoding samples; give --deep too")
+    from latentclip.decoded import codec_for  # here, since only this needs torch
+
+    dataset.latent_space.require_same_encoder(codec_for(codec).space, mine=latents, theirs=f"the codec {codec}")
+
+
+def _data_of(stem: str, records: dict[str, str], dataset: DatasetFile) -> str:
+    record = records.get(stem, "").removesuffix(".record.json")
+    return data_name(stem, split_generation(record)[1], dataset.container) if record else ""
 
 
 def _limit_is_reached(folder: Folder, dataset: DatasetFile, records: dict[str, str]) -> bool:
@@ -147,43 +182,66 @@ def _unfinished(names: Iterable[str], records: dict[str, str]) -> Iterator[str]:
             yield name
 
 
-def _count(report: Report, checked: _Checked) -> None:
-    if checked.record:
-        report.add(checked.record)
-    if checked.problem:
-        report.bad_shards.append({"shard": checked.shard, "problem": checked.problem})
-    if checked.truncated:
-        report.truncated_shards.append(checked.shard)
-    report.planned += checked.pending
-    report.pending += checked.pending
-
-
-def _check(folder: Folder, dataset: DatasetFile, stem: str, record_file: str | None, source: str | None) -> _Checked:
-    """Check one shard against its record and its pair shard, of which one may be missing."""
-    if record_file is None:
-        return _check_pending(dataset, stem, source)
-    record = None
+def check_shard(checks: Checks, shard: ShardNames) -> Checked:
+    """Check one shard against its record and its pair shard: the part of the report that it makes."""
+    report = Report()
+    checked = Checked(report)
     try:
-        record = Record.read(folder, record_file)
-        url = folder.path(record.data)
-        rows = read_shard(url, checksum=record.sha256, size=record.bytes, dataset=dataset)
-        problem = _problem(record, rows, folder) or (_source_problem(dataset, record, rows, source) if source else "")
+        if shard.record is None:
+            _check_pending(checks, shard, report)
+        else:
+            checked = _check_record(checks, shard, Folder(checks.latents), report)
     except (UsageError, FileNotFoundError) as error:
-        problem = str(error)
-    return _Checked(stem, record, problem)
+        report.bad_shards.append({"shard": shard.stem, "problem": str(error)})
+    except OSError as error:
+        report.unread_shards.append({"shard": shard.stem, "problem": str(error)})
+    return checked
 
 
-def _check_pending(dataset: DatasetFile, stem: str, source: str | None) -> _Checked:
+def _check_record(checks: Checks, shard: ShardNames, folder: Folder, report: Report) -> Checked:
+    assert shard.record is not None
+    record = Record.read(folder, shard.record)
+    report.add(record)
+    url = folder.path(record.data)
+    if checks.depth == "records":
+        if not shard.has_data:
+            raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again")
+        return Checked(report)
+    rows = read_shard(url, checksum=record.sha256, size=record.bytes, dataset=checks.dataset)
+    problem = _problem(record, rows)
+    if shard.source and not problem:
+        problem = _source_problem(checks.dataset, record, rows, shard.source)
+    if checks.codec and not problem:
+        problem = _decode(checks, rows, shard.source, report)
+    if problem:
+        report.bad_shards.append({"shard": shard.stem, "problem": problem})
+    return Checked(report, url, key_words(rows.keys)) if checks.depth == "deep" else Checked(report)
+
+
+def _decode(checks: Checks, rows: LatentRows, source: str | None, report: Report) -> str:
+    from latentclip.decoded import decode_samples  # here, since only this needs torch
+
+    assert checks.codec is not None
+    report.decoded, found, problem = decode_samples(checks.codec, checks.dataset, rows, source)
+    report.lowest_psnr = min(found, default=None)
+    return problem
+
+
+def _check_pending(checks: Checks, shard: ShardNames, report: Report) -> None:
     """Count the samples of a pair shard that was not encoded; one that cannot be read at all counts as truncated."""
-    assert source is not None
+    assert shard.source is not None
+    if checks.depth == "records":
+        return
     try:
-        keys, _, truncated = _planned_keys(source, dataset)
+        keys, _, truncated = _planned_keys(shard.source, checks.dataset)
     except UsageError:
-        return _Checked(stem, truncated=True)
-    return _Checked(stem, pending=keys.total(), truncated=truncated)
+        report.truncated_shards.append(shard.stem)
+        return
+    report.planned = report.pending = keys.total()
+    report.truncated_shards += [shard.stem] * truncated
 
 
-def _problem(record: Record, rows: LatentRows, folder: Folder) -> str:
+def _problem(record: Record, rows: LatentRows) -> str:
     """What the rows of an intact file contradict, or nothing."""
     if len(rows) != record.counts.stored:
         return f"holds {len(rows)} rows, its record says {record.counts.stored}"
@@ -212,13 +270,9 @@ def _source_problem(dataset: DatasetFile, record: Record, rows: LatentRows, sour
 
 def _planned_keys(source: str, dataset: DatasetFile, limit: int | None = None) -> tuple[Counter[str], int, bool]:
     """How often each key is planned in (the beginning of) a pair shard, its size, and whether it ends early."""
-    from latentclip.pairs import PairColumns, PairShard
+    from latentclip.originals import columns_of
+    from latentclip.pairs import PairShard
 
-    columns = dataset.preprocessing.get("columns", {})
-    shard = PairShard(source, PairColumns(**{name: _frozen(value) for name, value in columns.items()}))
+    shard = PairShard(source, columns_of(dataset.preprocessing))
     keys = Counter(item.key for item in islice(iter(shard), limit))
     return keys, shard.size, shard.truncated
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # JSON has no tuples

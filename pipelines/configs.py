@@ -13,6 +13,7 @@ from latentclip.encode import EncodeSettings
 from latentclip.errors import UsageError, require_at_least
 from latentclip.fit import FitSettings, Flat
 from latentclip.storage import Folder
+from latentclip.verify import Depth
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,29 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Prove an encoded data set on a cluster."""
+
+    latents: str
+    """Folder or URL of the latents."""
+    pairs: str | None = None
+    """The pair shards they were made of (folder, pattern or list): check every input key."""
+    depth: Depth = "bytes"
+    """`records` reads records alone; `bytes` every shard; `deep` finds keys in two shards too, and decodes samples."""
+    codec: str | None = None
+    """Codec that decodes samples of each shard with `--depth deep`, compared with their images if pairs are given."""
+    workers: int | None = None
+    """Shards checked at a time, each in memory whole; default: one for each CPU of the cluster."""
+    json: bool = False
+    """Print one JSON object."""
+    ray_address: str | None = None
+    """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, workers=self.workers)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from latentclip.errors import UsageError
 from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
 from latentclip.records import Record
 from latentclip.retry import due, parse_reasons, retried, retry
-from latentclip.shards import finished
 from latentclip.storage import Folder, list_shards
+from latentclip.worklist import remaining_shards
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EncodeConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
@@ -101,9 +101,7 @@ def share_limit(shards: list[str], limit: int | None, columns: PairColumns) -> I
 
 def remaining(config: EncodeConfig) -> tuple[list[tuple[str, int]], int]:
     """The shards without a record, each with its limit, and how many have one."""
-    shards = list_shards(config.pairs, SUFFIXES)
-    done = finished(Folder(config.latents))
-    todo = [url for url in shards if Path(url).stem not in done]
+    shards, todo = remaining_shards(config.pairs, Folder(config.latents))
     planned = dict(share_limit(shards, config.limit, config.settings.columns))
     return [(url, planned[url]) for url in todo if url in planned], len(shards) - len(todo)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from latentclip.codec import Codec, load_codec
 from latentclip.dataset import LatentDataset
-from latentclip.images import open_image, pixels, to_square
+from latentclip.images import pixels
+from latentclip.originals import originals
 from latentclip.pairs import SUFFIXES as PAIR_SUFFIXES
-from latentclip.pairs import Pair, PairColumns, PairShard
 from latentclip.records import SUFFIXES, split_generation
 from latentclip.report import Example
 from latentclip.report.pictures import latent_preview, png_uri
@@ -109,28 +108,11 @@ class Pictures:
     def originals(self, rows: Sequence[Row]) -> dict[Row, Image.Image]:
         """The images of those rows that the pair shards still hold, cropped or padded as they were encoded."""
         made = self.dataset.dataset.preprocessing
-        found = {}
+        found: dict[Row, Image.Image] = {}
         for shard, keys in _by_shard(rows).items():
             if url := self.pairs.get(split_generation(shard_stem(shard, SUFFIXES.values()))[0]):
-                for pair in _pairs(url, keys, made):
-                    square = to_square(open_image(pair.image), made["image_size"], made["resize"])
-                    found[Row(shard, pair.key)] = square
+                found |= {Row(shard, key): image for key, image in originals(url, keys, made)}
         return {row: found[row] for row in rows if row in found}
-
-
-def _pairs(url: str, keys: set[str], preprocessing: dict[str, Any]) -> Iterator[Pair]:
-    columns = PairColumns(**{name: _tuple(value) for name, value in preprocessing["columns"].items()})
-    missing = set(keys)
-    for item in PairShard(url, columns):
-        if isinstance(item, Pair) and item.key in missing:
-            missing.remove(item.key)
-            yield item
-        if not missing:
-            return
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _by_shard(rows: Sequence[Row]) -> dict[str, set[str]]:
