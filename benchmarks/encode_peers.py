@@ -1,0 +1,257 @@
+"""Encoding beside the scripts that users write today: rate, and the work that a kill costs.
+
+    pair shards  ->  ours: pipelines/encode.py
+                 ->  plain: DataLoader, diffusers, torch.save into a tar
+                 ->  ray: ray.data.read_webdataset, map_batches, write_parquet
+    python benchmarks/encode_peers.py --source ../pairs --codec ../vae/taesdxl --image-size 256
+
+Each is a program of its own, in turn, on the same machine, threads and batch size. The seconds are those of the whole
+program, start-up included; the rate is over the time from the first pixels read to the end. Then each is killed after
+a share of its own time and run again: the work lost is what is encoded a second time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from latentclip import allocator
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What is measured."""
+
+    source: str
+    """Folder of WebDataset tars."""
+    codec: str = str(ROOT / "latentclip/codecs/demo")
+    """Autoencoder, a local directory."""
+    image_size: int = 64
+    """Side of the encoded images, in pixels."""
+    batch_size: int = 16
+    """Images in one call of the codec."""
+    shards: int = 40
+    """The pairs are dealt into so many shards first."""
+    kill_at: float = 0.6
+    """Share of a program's undisturbed time after which it is killed."""
+    program: str | None = None
+    """Run one of the peers in this process; used by the benchmark itself."""
+    out: str = ""
+    """Where a peer writes."""
+
+
+def deal(config: Peers, folder: Path) -> int:
+    """Copy the samples into `shards` tars of equal size; returns how many there are."""
+    samples: dict[str, list[tuple[str, bytes]]] = {}
+    for path in sorted(Path(config.source).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file:
+                    samples.setdefault(f"{path.stem}-{member.name.split('.')[0]}", []).append(
+                        (member.name.split(".", 1)[1], file.read())
+                    )
+    folder.mkdir()
+    for number in range(config.shards):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for key in list(samples)[number :: config.shards]:
+                for extension, data in samples[key]:
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return len(samples)
+
+
+def note(out: str, event: str, samples: int = 0) -> None:
+    """Append a line to what the benchmark reads: when something happened, and to how many samples."""
+    with open(f"{out}.events", "a") as file:
+        file.write(json.dumps({"event": event, "time": time.time(), "samples": samples}) + "\n")
+
+
+def preprocess(data: bytes, size: int) -> np.ndarray:
+    """What such scripts do: shorter side to the size, centre crop."""
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(v2.CenterCrop(size)(v2.Resize(size, antialias=True)(image)))
+
+
+def load_vae(config: Peers) -> Any:
+    """The autoencoder as diffusers gives it."""
+    import diffusers
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    name = json.loads((Path(config.codec) / "config.json").read_text())["_class_name"]
+    return getattr(diffusers, name).from_pretrained(config.codec).eval()
+
+
+def encode_batch(vae: Any, images: Any) -> Any:
+    """(n, size, size, 3) uint8 -> (n, c, h, w) float16."""
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        output = vae.encode(pixels, return_dict=False)[0]
+    return (output if isinstance(output, torch.Tensor) else output.mean).half()
+
+
+def plain(config: Peers) -> None:
+    """A DataLoader with one worker over webdataset, latents as torch.save members of one tar."""
+    import torch
+    import webdataset
+
+    vae = load_vae(config)
+    urls = sorted(map(str, Path(config.source).glob("*.tar")))
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=False)
+        .to_tuple("__key__", "jpg", "txt", "json")
+        .map(lambda row: (row[0], preprocess(row[1], config.image_size), row[2], row[3]))
+    )
+    loader = torch.utils.data.DataLoader(dataset, batch_size=config.batch_size, num_workers=1, collate_fn=list)
+    with tarfile.open(config.out, "w") as tar:
+        for number, rows in enumerate(loader):
+            if not number:
+                note(config.out, "first")
+            latents = encode_batch(vae, np.stack([row[1] for row in rows]))
+            for (key, _, text, meta), latent in zip(rows, latents, strict=True):
+                buffer = io.BytesIO()
+                torch.save(latent.clone(), buffer)
+                for extension, data in (("latent.pt", buffer.getvalue()), ("txt", text), ("json", meta)):
+                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+            note(config.out, "batch", len(rows))
+
+
+class RayEncoder:
+    """The actor of the Ray Data script."""
+
+    def __init__(self, config: Peers) -> None:
+        self.config = config
+        self.vae = load_vae(config)
+        self.first = True
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Encode a batch of decoded images."""
+        if self.first:
+            note(self.config.out, "first")
+            self.first = False
+        latents = encode_batch(self.vae, np.stack(list(batch.pop("image"))))
+        note(self.config.out, "batch", len(latents))
+        return {**batch, "latent": [latent.numpy().tobytes() for latent in latents]}
+
+
+def ray_data(config: Peers) -> None:
+    """Ray Data from end to end."""
+    import ray
+
+    ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+    (
+        ray.data.read_webdataset(config.source, decoder=False)
+        .map(
+            lambda row: {
+                "key": row["__key__"],
+                "text": row["txt"].decode(),
+                "image": preprocess(row["jpg"], config.image_size),
+            }
+        )
+        .map_batches(
+            RayEncoder,
+            fn_constructor_args=(config,),
+            batch_size=config.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+        .write_parquet(config.out)
+    )
+    ray.shutdown()
+
+
+def command(program: str, config: Peers, pairs: Path, out: Path) -> list[str]:
+    """The command line of one program."""
+    sizes = ("--image-size", str(config.image_size), "--batch-size", str(config.batch_size), "--codec", config.codec)
+    if program == "ours":
+        return [sys.executable, "pipelines/encode.py", "photos", "--pairs", str(pairs), "--latents", str(out), *sizes]
+    arguments = ("--program", program, "--source", str(pairs), "--out", str(out), *sizes)
+    return [sys.executable, "benchmarks/encode_peers.py", *arguments]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, so that all of it can be killed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def encoded(program: str, out: Path) -> tuple[float, int]:
+    """When the first pixels were read, and how many samples have been encoded, by all runs into `out` together."""
+    if program == "ours":
+        from latentclip.records import Record, finished
+        from latentclip.storage import Folder
+
+        folder = Folder(out)
+        return 0.0, sum(Record.read(folder, name).counts.planned for name in finished(folder).values())
+    events = [json.loads(line) for line in Path(f"{out}.events").read_text().splitlines()]
+    first = next((event["time"] for event in events if event["event"] == "first"), 0.0)
+    return first, sum(event["samples"] for event in events)
+
+
+def measure(program: str, config: Peers, pairs: Path, folder: Path, total: int) -> None:
+    """Run one program undisturbed, then killed and repeated, and print what it took."""
+    out = folder / f"{program}-whole"
+    began = time.time()
+    if start(command(program, config, pairs, out)).wait():
+        raise SystemExit(f"{program} failed")
+    ended = time.time()
+    first, _ = encoded(program, out)
+    rate = f", {total / (ended - first):.2f} pairs/s from the first pixels" if first else ""
+    print(f"{program:6} {ended - began:7.1f} s, {total / (ended - began):.2f} pairs/s with start-up{rate}", flush=True)
+
+    out = folder / f"{program}-killed"
+    process = start(command(program, config, pairs, out))
+    time.sleep(config.kill_at * (ended - began))  # a share of the time is what is asked for, not an event
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    _, before = encoded(program, out)
+    # The plain scripts know of nothing that is done: whatever was encoded is encoded again.
+    kept = before if program == "ours" else 0
+    done = before if program != "ours" else round(config.kill_at * total)
+    print(f"       killed at {config.kill_at:.0%}: about {done} encoded, {kept} kept", flush=True)
+
+
+def main(config: Peers) -> None:
+    """Deal the shards, then measure each program."""
+    if config.program:
+        {"plain": plain, "ray": ray_data}[config.program](config)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        total = deal(config, folder / "pairs")
+        for program in ("ours", "plain", "ray"):
+            measure(program, config, folder / "pairs", folder, total)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "ray", "webdataset"))
+    print(
+        f"{total} pairs, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"
+    )
+
+
+if __name__ == "__main__":
+    allocator.restart_with_it()
+    main(tyro.cli(Peers))
