@@ -16,6 +16,7 @@ def take(rows: LatentRows, chosen: Sequence[int]) -> LatentRows:
         captions=[rows.captions[index] for index in chosen],
         latents=[latents[np.array(chosen, np.int64)] for latents in rows.latents],
         metadata={name: [values[index] for index in chosen] for name, values in rows.metadata.items()},
+        tokens=None if rows.tokens is None else rows.tokens[np.array(chosen, np.int64)],
     )
 
 
@@ -34,4 +35,5 @@ def join(first: LatentRows, second: LatentRows) -> LatentRows:
             ]
             for name in names
         },
+        tokens=None if first.tokens is None or second.tokens is None else np.concatenate([first.tokens, second.tokens]),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -21,6 +22,7 @@ from latentclip.latent_space import Kind, LatentSpace
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PACKAGED = {"demo": Path(__file__).parent / "codecs" / "demo"}
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 _PROBE = 128
 """Pixels of the image that measures a codec: one latent cell at least, for every factor known today."""
 
@@ -41,6 +43,16 @@ class Codec:
         """Where the autoencoder is."""
         weights: Tensor = next(self.module.parameters())
         return weights.device
+
+    @property
+    def precision(self) -> str:
+        """Type of the arithmetic: `float32`, `bfloat16` or `float16`."""
+        return str(next(self.module.parameters()).dtype).removeprefix("torch.")
+
+    def in_float32(self) -> Codec:
+        """A copy that computes in float32, with the weights as they are here."""
+        with hub.quiet(diffusers.utils.logging):
+            return Codec(copy.deepcopy(self.module).float(), self.space)
 
     def encode(
         self, pixels: Tensor, *, scaled: bool = True, kind: Kind = "mean", seeds: Sequence[int] | None = None
@@ -88,6 +100,14 @@ class Codec:
 
     def _scale(self, raw: Tensor, scaled: bool) -> Tensor:
         return (raw - self.space.shift_factor) * self.space.scaling_factor if scaled else raw
+
+
+def arithmetic(precision: Precision, device: str) -> torch.dtype:
+    """The type of a precision on a type of device; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    if precision == "auto":
+        precision = "bfloat16" if device == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
 
 
 def load_codec(

@@ -7,7 +7,7 @@ import json
 import tarfile
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
@@ -15,9 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentclip.latent_space import LatentSpace
+from latentclip.quantise import stored_dtype
 from latentclip.records import DatasetFile
 from latentclip.spool import Spool
 from latentclip.storage import Buffer
+from latentclip.tokens import TokenFormat
 
 ROW_GROUP_BYTES = 16 << 20
 _HEADER = b"latentclip"
@@ -33,9 +36,11 @@ class LatentRows:
     keys: list[str]
     captions: list[str]
     latents: list[np.ndarray]
-    """One (n, c, h, w) array a view, in the latent space's dtype: `latent`, `latent_1`, ..."""
+    """One (n, c, h, w) array a view, as stored (`quantise.to_float` reads it): `latent`, `latent_1`, ..."""
     metadata: dict[str, list[Any]] = field(default_factory=dict)
     """The source's other columns: None, numbers, strings, or anything JSON holds."""
+    tokens: np.ndarray | None = None
+    """(n, context) of the captions, in the token format's type, if they are stored."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,13 +56,17 @@ def serialise(rows: LatentRows, dataset: DatasetFile) -> memoryview:
 
     A metadata column called like one of ours is stored as `source_{name}`.
     """
-    dtype = np.dtype(dataset.latent_space.dtype)
+    dtype = stored_dtype(dataset.latent_space)
     assert len(rows.latents) == dataset.views
     for latents in rows.latents:
         assert (latents.dtype, latents.shape) == (dtype, (len(rows), *dataset.latent_shape)), latents.shape
     assert {len(rows.captions), *map(len, rows.metadata.values())} == {len(rows)}
+    if dataset.tokens:
+        assert rows.tokens is not None
+        expected = (dataset.tokens.stored_dtype, (len(rows), dataset.tokens.context))
+        assert (rows.tokens.dtype, rows.tokens.shape) == expected, rows.tokens.shape
     views = dict(zip(view_names(dataset.views), (_little_endian(latents) for latents in rows.latents), strict=True))
-    metadata = dict(_renamed(rows.metadata, taken={"key", "caption", *views}))
+    metadata = dict(_renamed(rows.metadata, taken={"key", "caption", "tokens", *views}))
     write = _to_tar if dataset.container == "webdataset" else _to_parquet
     file = Spool()
     write(rows, views, metadata, dataset, file)
@@ -69,8 +78,8 @@ def parse(
 ) -> tuple[LatentRows, dict[str, Any]]:
     """The rows and the header (`DatasetFile.header`) in the bytes of a shard, or in an open file of them.
 
-    `columns` chooses among `caption`, the views and the metadata (all by default); keys are always read. Latents of
-    Parquet are views of Arrow's buffers. Raises whatever the parser raises for bytes that are no shard.
+    `columns` chooses among `caption`, `tokens`, the views and the metadata (all by default); keys are always read.
+    Latents of Parquet are views of Arrow's buffers. Raises whatever the parser raises for bytes that are no shard.
     """
     file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else data
     if container == "webdataset":
@@ -110,11 +119,15 @@ def _to_parquet(
     """Plain and uncompressed, latents as `fixed_size_binary`: ten times faster to read than any list type."""
     fields, arrays = [pa.field("key", pa.string(), nullable=False)], [pa.array(rows.keys, pa.string())]
     layout = {"shape": json.dumps(dataset.latent_shape), "dtype": dataset.latent_space.dtype, "order": "C"}
+    for name in ("int8_scale", "int8_offset") if dataset.latent_space.int8_scale else ():
+        layout[name] = json.dumps(getattr(dataset.latent_space, name))
     for name, latents in views.items():
-        width = latents.dtype.itemsize * int(np.prod(dataset.latent_shape))
-        buffers = [None, pa.py_buffer(latents.reshape(-1))]
-        arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), buffers))
-        fields.append(pa.field(name, pa.binary(width), nullable=False, metadata=layout))
+        arrays.append(_fixed_size(latents))
+        fields.append(pa.field(name, arrays[-1].type, nullable=False, metadata=layout))
+    if dataset.tokens and rows.tokens is not None:
+        made = {name: str(value) for name, value in asdict(dataset.tokens).items()}
+        arrays.append(_fixed_size(rows.tokens))
+        fields.append(pa.field("tokens", arrays[-1].type, nullable=False, metadata=made))
     for name, values in {"caption": rows.captions, **metadata}.items():
         array, is_json = _column(values)
         arrays.append(array)
@@ -131,6 +144,12 @@ def _to_parquet(
     )
 
 
+def _fixed_size(rows: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Rows (n, ...) as `fixed_size_binary`, without a copy."""
+    width = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows.reshape(-1))])
+
+
 def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
     file = pq.ParquetFile(source)
     schema = file.schema_arrow
@@ -140,7 +159,10 @@ def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRow
     views = view_names(header["views"])
     for name in table.column_names[1:]:
         if name in views:
-            rows.latents.append(_latents(table[name], header))
+            rows.latents.append(_array(table[name], _latent_dtype(header), header["latent_shape"]))
+        elif name == "tokens" and header.get("tokens"):
+            made = TokenFormat(**header["tokens"])
+            rows.tokens = _array(table[name], made.stored_dtype, [made.context])
         elif name == "caption":
             rows.captions = table[name].to_pylist()
         else:
@@ -152,10 +174,14 @@ def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRow
     return rows, header
 
 
-def _latents(column: pa.ChunkedArray, header: dict[str, Any]) -> np.ndarray:
+def _latent_dtype(header: dict[str, Any]) -> np.dtype:
+    return stored_dtype(LatentSpace.from_json(header["latent_space"]))
+
+
+def _array(column: pa.ChunkedArray, dtype: np.dtype, row: Sequence[int]) -> np.ndarray:
+    """A column of `fixed_size_binary` as an array (n, *row), without a copy."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    dtype = np.dtype(header["latent_space"]["dtype"]).newbyteorder("<")
-    shape = (len(array), *header["latent_shape"])
+    shape = (len(array), *row)
     assert array.type.byte_width == dtype.itemsize * int(np.prod(shape[1:]))
     return np.ndarray(shape, dtype, array.buffers()[1] or b"", offset=array.offset * array.type.byte_width)
 
@@ -192,11 +218,17 @@ def _to_tar(
         for index, (key, caption) in enumerate(zip(rows.keys, rows.captions, strict=True)):
             member = quote(key, safe="").replace(".", "%2E")
             for name, latents in views.items():
-                array = io.BytesIO()
-                np.save(array, latents[index], allow_pickle=False)
-                _add(tar, f"{member}.{name}.npy", array.getvalue())
+                _add(tar, f"{member}.{name}.npy", _npy(latents[index]))
+            if dataset.tokens and rows.tokens is not None:
+                _add(tar, f"{member}.tokens.npy", _npy(rows.tokens[index]))
             _add(tar, f"{member}.txt", caption.encode())
             _add(tar, f"{member}.json", _to_json({name: values[index] for name, values in metadata.items()}).encode())
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -215,7 +247,11 @@ def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRo
             members.setdefault(key, {})[extension] = file.read()
     header = json.loads(members.pop(_TAR_HEADER)[""])
     wanted = [name for name in view_names(header["views"]) if columns is None or name in columns]
-    rows = LatentRows([unquote(key) for key in members], [], [_stack(members, name, header) for name in wanted])
+    rows = LatentRows([unquote(key) for key in members], [], [])
+    rows.latents = [_stack(members, name, _latent_dtype(header), header["latent_shape"]) for name in wanted]
+    if header.get("tokens") and (columns is None or "tokens" in columns):
+        made = TokenFormat(**header["tokens"])
+        rows.tokens = _stack(members, "tokens", made.stored_dtype, [made.context])
     if columns is None or "caption" in columns:
         rows.captions = [files["txt"].decode() for files in members.values()]
     for files in members.values():
@@ -225,10 +261,9 @@ def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRo
     return rows, header
 
 
-def _stack(members: dict[str, dict[str, bytes]], view: str, header: dict[str, Any]) -> np.ndarray:
-    """The latents (n, c, h, w) of one view."""
-    dtype = np.dtype(header["latent_space"]["dtype"]).newbyteorder("<")
-    latents = np.empty((len(members), *header["latent_shape"]), dtype)
-    for row, files in zip(latents, members.values(), strict=True):
-        row[...] = np.load(io.BytesIO(files[f"{view}.npy"]), allow_pickle=False)
-    return latents
+def _stack(members: dict[str, dict[str, bytes]], name: str, dtype: np.dtype, row: Sequence[int]) -> np.ndarray:
+    """The arrays of one extension as one (n, *row)."""
+    arrays = np.empty((len(members), *row), dtype)
+    for place, files in zip(arrays, members.values(), strict=True):
+        place[...] = np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False)
+    return arrays

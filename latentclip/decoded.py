@@ -12,6 +12,7 @@ from latentclip.codec import Codec, load_codec
 from latentclip.containers import LatentRows
 from latentclip.images import pixels
 from latentclip.originals import originals
+from latentclip.quantise import to_float
 from latentclip.records import DatasetFile
 
 SAMPLES = 2
@@ -39,7 +40,8 @@ def decode_samples(
     decoder, places = codec_for(codec), sample_places(len(rows))
     decoded = {}
     for place in places:
-        latent = torch.from_numpy(rows.latents[0][place].astype(np.float32))[None, : decoder.space.channels]
+        values = to_float(rows.latents[0][place], dataset.latent_space)
+        latent = torch.from_numpy(values)[None, : decoder.space.channels]
         image = decoder.decode(dataset.latent_space.convert(latent, decoder.space)).cpu()[0]
         if not image.isfinite().all():
             return len(places), [], f"the latent of {rows.keys[place]!r} decodes to NaN or Inf"

@@ -11,12 +11,11 @@ writes, the codec works for another.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
-from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -26,16 +25,19 @@ from torch import Tensor
 from latentclip.codec import Codec
 from latentclip.decoders import DecoderPool, Preparation
 from latentclip.errors import require_at_least
+from latentclip.guard import Guard, Started
 from latentclip.images import ImageLimits, Mode
-from latentclip.latent_space import Kind
+from latentclip.latent_space import Kind, StoredType
 from latentclip.order import key_words, mix
 from latentclip.pairs import Pair, PairColumns, PairShard, Refusal
-from latentclip.records import DatasetFile, Input, Outcome, Record
+from latentclip.quantise import storable, stored_dtype, to_stored
+from latentclip.records import DatasetFile, Input, Outcome, Record, with_scales
 from latentclip.rejects import Reason, Rejected
 from latentclip.removal import honour_late_tombstones
 from latentclip.shards import LatentRows, write_shard
 from latentclip.spool import Spool
 from latentclip.storage import Folder
+from latentclip.tokens import token_format, tokenise
 from latentclip.tombstones import Removed, Tombstones, read_tombstones
 from latentclip.views import ViewRecipe
 
@@ -57,10 +59,14 @@ class EncodeSettings:
     """How the augmented views are drawn."""
     kind: Kind = "mean"
     """What is stored of the posterior."""
+    dtype: StoredType = "float16"
+    """How its values are stored; int8 has a scale and an offset for each channel, measured on the first pairs."""
     seed: int = 0
     """Seed of a stored sample; unused otherwise."""
     scaled: bool = True
     """Store latents with the codec's scaling and shift applied, as diffusers' pipelines use them."""
+    tokens: str | None = None
+    """Model whose tokens of the captions are stored too, so that its training need not tokenise; default: none."""
     container: Container = "parquet"
     """File format of the latent shards."""
     batch_size: int = 32
@@ -98,10 +104,11 @@ class _Prepared:
 class Work:
     """What has become of the pairs of one shard so far. Images are let go, and latents lie in a spool."""
 
-    def __init__(self, dataset: DatasetFile) -> None:
-        self.dataset = dataset
-        self.dtype = np.dtype(dataset.latent_space.dtype)
-        self.planned = 0
+    def __init__(self, dataset: DatasetFile, tokens_of: str | None = None) -> None:
+        """Nothing so far; `tokens_of` is the model whose tokens are stored, if any are."""
+        self.dataset, self.tokens_of = dataset, tokens_of
+        self.space = dataset.latent_space
+        self.planned = self.reencoded = self.clipped = 0
         self.rejected: dict[str, list[str]] = {}
         self.removed: list[str] = []
         self.keys: list[str] = []
@@ -113,9 +120,12 @@ class Work:
         """Count a pair that is not stored."""
         self.rejected.setdefault(reason, []).append(key)
 
-    def store(self, pairs: list[Pair], views: list[np.ndarray]) -> None:
-        """Add pairs with their latents, one array (n, c, h, w) a view; what is not finite is refused."""
-        finite = np.logical_and.reduce([np.isfinite(latents).all(axis=(1, 2, 3)) for latents in views])
+    def store(self, pairs: list[Pair], views: list[np.ndarray], again: Sequence[Sequence[int]] = ()) -> None:
+        """Add pairs with their float32 latents, one array (n, c, h, w) a view; what is not finite is refused.
+
+        `again` has the rows of each view that were computed twice.
+        """
+        finite = np.logical_and.reduce([storable(latents, self.space) for latents in views])
         for pair, good in zip(pairs, finite, strict=True):
             if not good:
                 self.refuse(pair.key, Reason.LATENT_NOT_FINITE)
@@ -124,7 +134,10 @@ class Work:
             self.captions.append(pair.caption)
             self.metadata.append(pair.metadata)
         for spool, latents in zip(self.views, views, strict=True):
-            spool.append(latents[finite])
+            stored, clipped = to_stored(latents[finite], self.space)
+            spool.append(stored)
+            self.clipped += clipped
+        self.reencoded += sum(int(finite[list(rows)].sum()) for rows in again)
 
     def rows(self) -> LatentRows:
         """What is stored."""
@@ -132,8 +145,9 @@ class Work:
         return LatentRows(
             keys=self.keys,
             captions=self.captions,
-            latents=[spool.array(self.dtype, self.dataset.latent_shape) for spool in self.views],
+            latents=[spool.array(stored_dtype(self.space), self.dataset.latent_shape) for spool in self.views],
             metadata={name: [metadata.get(name) for metadata in self.metadata] for name in columns},
+            tokens=tokenise(self.tokens_of, self.captions) if self.tokens_of else None,
         )
 
 
@@ -142,15 +156,14 @@ class ShardEncoder:
 
     def __init__(self, codec: Codec, settings: EncodeSettings, folder: Folder, decoders: int = 2) -> None:
         """Check the settings against the codec, and start `decoders` processes that end with this object."""
-        self.codec = codec
+        self.guard = Guard(codec, scaled=settings.scaled, kind=settings.kind)
         self.settings = settings
         self.folder = folder
-        self.dataset = dataset_file(codec, settings)
+        self.dataset = with_scales(dataset_file(codec, settings), folder)
         if settings.compile:
             codec.compile()
         self.decoders = DecoderPool(settings.preparation(), decoders)
         self._threads = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self._codec_free = Lock()
         self._stones = Tombstones()
 
     def encode(self, shard_url: str, limit: int | None = None) -> Record:
@@ -169,21 +182,30 @@ class ShardEncoder:
             shard.rejected,
             removed_keys=shard.removed,
             truncated=source.truncated,
+            reencoded=shard.reencoded,
+            clipped=shard.clipped,
         )
         record = write_shard(self.folder, self.dataset, shard.rows(), outcome)
         return honour_late_tombstones(self.folder, self.dataset, record, stones)
 
     def work(self, items: Iterator[Pair | Dropped]) -> Work:
         """Decode and encode pairs, in order; publishes nothing."""
-        shard = Work(self.dataset)
+        shard = Work(self.dataset, self.settings.tokens)
         started: deque[_Started] = deque()
         for batch in self._batches(shard, self._prepare(items)):
             started.append(self._start(batch))
             if len(started) > 1:  # the device has its next batch before the last one is waited for
-                shard.store(*started.popleft().result())
+                started.popleft().store(shard)
         for last in started:
-            shard.store(*last.result())
+            last.store(shard)
         return shard
+
+    def latents(self, shard_url: str, limit: int) -> Iterator[np.ndarray]:
+        """Float32 latents (n, c, h, w) of a shard's first pairs, a batch of one view at a time; nothing is stored."""
+        items = self._prepare(islice(iter(PairShard(shard_url, self.settings.columns)), limit))
+        good = (item for item in items if isinstance(item, _Prepared))
+        while batch := list(islice(good, self.settings.batch_size)):
+            yield from (view.result()[0].numpy() for view in self._start(batch).views)
 
     def _prepare(self, items: Iterator[Pair | Dropped]) -> Iterator[_Prepared | Dropped]:
         """Decode and preprocess in the decoders, in order, at most two batches ahead."""
@@ -222,43 +244,27 @@ class ShardEncoder:
         """Give a batch to the device, which may still work on it afterwards."""
         pairs = [item.pair for item in batch]
         pixels = torch.from_numpy(np.stack([item.pixels for item in batch], axis=1))
-        with self._codec_free:
-            return _Started(pairs, [self._encode_view(view, [pair.key for pair in pairs]) for view in pixels])
+        return _Started(pairs, [self._start_view(view, [pair.key for pair in pairs]) for view in pixels])
 
-    def _encode_view(self, pixels: Tensor, keys: list[str]) -> Tensor:
-        """(n, size, size, 3) uint8 -> (n, c, h, w) float16; padded to the batch size with the last image."""
+    def _start_view(self, pixels: Tensor, keys: list[str]) -> Started:
+        """Start a batch (n, size, size, 3) uint8, padded to the batch size with the last image."""
         missing = self.settings.batch_size - len(pixels)
         seeds = sample_seeds(self.settings.seed, keys, missing) if self.settings.kind == "sample" else None
         padded = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)]) if missing else pixels
-        images = _to_device(padded, self.codec.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = self.codec.encode(images, scaled=self.settings.scaled, kind=self.settings.kind, seeds=seeds)
-        return latents[: len(keys)].half()  # what overflows fp16 becomes infinite and is rejected
+        return self.guard.start(padded, len(keys), seeds)
 
 
+@dataclass
 class _Started:
-    """A batch on the device: its copy back is queued behind it, and waited for only when it is asked for."""
+    """Pairs whose views are on the device."""
 
-    def __init__(self, pairs: list[Pair], views: list[Tensor]) -> None:
-        self.pairs = pairs
-        self.event = None
-        if not views[0].is_cuda:
-            self.views = views
-            return
-        self.views = [torch.empty(view.shape, dtype=view.dtype, pin_memory=True) for view in views]
-        for host, view in zip(self.views, views, strict=True):
-            host.copy_(view, non_blocking=True)
-        self.event = torch.cuda.current_stream().record_event()
+    pairs: list[Pair]
+    views: list[Started]
 
-    def result(self) -> tuple[list[Pair], list[np.ndarray]]:
-        """The pairs and their latents, one array (n, c, h, w) a view."""
-        if self.event:
-            self.event.synchronize()
-        return self.pairs, [view.numpy() for view in self.views]
-
-
-def _to_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """As bytes, a quarter of float's, and from pinned memory, so that the copy waits for nothing."""
-    return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
+    def store(self, work: Work) -> None:
+        """Wait for the latents and add them to the others of the shard."""
+        latents, again = zip(*(view.result() for view in self.views), strict=True)
+        work.store(self.pairs, [values.numpy() for values in latents], again)
 
 
 def _result(item: Dropped | Future[_Prepared | Refusal]) -> _Prepared | Dropped:
@@ -277,13 +283,14 @@ def dataset_file(codec: Codec, settings: EncodeSettings) -> DatasetFile:
     """
     codec.require_kind(settings.kind)
     seed = settings.seed if settings.kind == "sample" else None
-    space = codec.space.with_storage(scaled=settings.scaled, kind=settings.kind, seed=seed)
+    space = codec.space.with_storage(scaled=settings.scaled, kind=settings.kind, seed=seed, dtype=settings.dtype)
     grid = space.grid(settings.image_size)
     return DatasetFile(
         latent_space=space,
         latent_shape=(space.channels * (2 if settings.kind == "moments" else 1), grid, grid),
-        preprocessing=settings.preprocessing(),
+        preprocessing={**settings.preprocessing(), "precision": codec.precision},
         container=settings.container,
         views=settings.views,
+        tokens=token_format(settings.tokens) if settings.tokens else None,
         software={name: version(name) for name in ("latentclip", "torch", "diffusers", "pillow", "numpy")},
     )

@@ -80,7 +80,7 @@ def imported_dataset(space: LatentSpace, image_size: int, container: Container =
     """The dataset file of imported latents of images of `image_size` pixels a side, stored as `space` says."""
     grid = space.grid(image_size)
     return DatasetFile(
-        latent_space=replace(space, dtype="float16"),
+        latent_space=replace(space, dtype="float16", int8_scale=(), int8_offset=()),
         latent_shape=(space.channels * (2 if space.kind == "moments" else 1), grid, grid),
         preprocessing={"image_size": image_size, "imported": "latent.pt", "columns": asdict(COLUMNS)},
         container=container,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `verify` needs none of i
     from torch import Tensor
 
 Kind = Literal["mean", "sample", "moments"]
+StoredType = Literal["float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class LatentSpace:
     """What was stored of the posterior: its mean, a seeded sample, or its moments (mean and log-variance)."""
     seed: int | None = None
     """Seed of a stored sample; None otherwise."""
-    dtype: str = "float16"
+    dtype: StoredType = "float16"
+    """How values are stored; `latentclip.quantise` turns them into float32."""
+    int8_scale: tuple[float, ...] = ()
+    int8_offset: tuple[float, ...] = ()
+    """Of int8, one each for every stored channel: a value is `stored * int8_scale + int8_offset`."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatentSpace:
@@ -44,13 +49,15 @@ class LatentSpace:
         if unknown := set(values) - known:
             raise UsageError(f"latent space has unknown fields {sorted(unknown)}; update latentclip to read it")
         try:
-            return cls(**values)
+            lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            return cls(**{**values, **lists})
         except TypeError as error:
             raise UsageError(f"latent space is incomplete ({error}); encode the latents again") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return asdict(self)
+        """Plain values for a JSON file; int8's scales only where there are any."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if value != []}
 
     def __str__(self) -> str:
         scale = f"scaled by {self.scaling_factor:g}" if self.scaled else "unscaled"
@@ -85,6 +92,9 @@ class LatentSpace:
         raw = latents / self.scaling_factor + self.shift_factor if self.scaled else latents
         return (raw - target.shift_factor) * target.scaling_factor if target.scaled else raw
 
-    def with_storage(self, *, scaled: bool, kind: Kind = "mean", seed: int | None = None) -> LatentSpace:
-        """The same space stored in another way."""
-        return replace(self, scaled=scaled, kind=kind, seed=seed if kind == "sample" else None)
+    def with_storage(
+        self, *, scaled: bool, kind: Kind = "mean", seed: int | None = None, dtype: StoredType = "float16"
+    ) -> LatentSpace:
+        """The same space stored in another way; int8 still without its scales."""
+        seed = seed if kind == "sample" else None
+        return replace(self, scaled=scaled, kind=kind, seed=seed, dtype=dtype, int8_scale=(), int8_offset=())

@@ -27,6 +27,7 @@ from latentclip.containers import view_names
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
 from latentclip.order import SampleOrder, key_words, mix
+from latentclip.quantise import to_float
 
 Batch = dict[str, Any]
 READ_AHEAD = 4
@@ -39,7 +40,8 @@ class _Shard:
 
     keys: NDArray[Any]
     words: NDArray[np.uint64]
-    latents: list[NDArray[np.float16]]
+    latents: list[NDArray[Any]]
+    """As stored."""
     text: Tensor
 
 
@@ -74,6 +76,8 @@ class LatentLoader:
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.views = dataset.dataset.views
         self.plain_share = plain_share
+        stored = dataset.dataset.tokens
+        self._tokens_are_stored = stored is not None and stored.hash == getattr(tokenizer, "hash", None)
         self.order = SampleOrder([shard.rows for shard in dataset.shards], seed, window)
         # This window and the next: the thread that reads ahead crosses from one into the other.
         self._shard = lru_cache(maxsize=2 * window)(self._read)
@@ -130,7 +134,7 @@ class LatentLoader:
             views = self._views(seeds[inside])
             for view in np.unique(views):
                 same = views == view
-                latents[inside[same]] = shard.latents[view][chosen[same]]
+                latents[inside[same]] = to_float(shard.latents[view][chosen[same]], self.dataset.space)
             if text is None:
                 text = shard.text.new_empty(len(rows), shard.text.shape[1])
             text[torch.from_numpy(inside)] = shard.text[torch.from_numpy(chosen)]
@@ -154,8 +158,12 @@ class LatentLoader:
         return np.where(share < self.plain_share, 0, any_view).astype(np.int64)
 
     def _read(self, number: int) -> _Shard:
-        rows = self.dataset.read(number, columns=["caption", *view_names(self.views)])
-        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.latents, self.tokenizer(rows.captions))
+        text = "tokens" if self._tokens_are_stored else "caption"
+        rows = self.dataset.read(number, columns=[text, *view_names(self.views)])
+        tokens = (
+            self.tokenizer(rows.captions) if rows.tokens is None else torch.from_numpy(rows.tokens.astype(np.int64))
+        )
+        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.latents, tokens)
 
 
 def keys_hash(keys: list[str]) -> str:

@@ -49,7 +49,7 @@ def resolve_config(name_or_config: str | Path | Config, space: LatentSpace, grid
     `name_or_config` is a packaged name, the path of a JSON file, or a config. Raises UsageError if there is none, or if
     the config states another grid, factor or number of channels.
     """
-    config = copy.deepcopy(name_or_config) if isinstance(name_or_config, dict) else _read(name_or_config)
+    config = copy.deepcopy(name_or_config) if isinstance(name_or_config, dict) else read_config(name_or_config)
     label = "the model config" if isinstance(name_or_config, dict) else f"model {name_or_config}"
     if not (isinstance(config.get("vision_cfg"), dict) and isinstance(config.get("text_cfg"), dict)):
         raise UsageError(f"{label} lacks vision_cfg or text_cfg; see latentclip/model_configs for the shape")
@@ -130,7 +130,8 @@ class TimmTower(TimmModel):
         self.head = nn.Sequential(OrderedDict(drop=dropout, proj=projection))
 
 
-def _read(name: str | Path) -> Config:
+def read_config(name: str | Path) -> Config:
+    """The config of a packaged name or a JSON file as it stands there; raises UsageError if there is none."""
     path = Path(name) if str(name).endswith(".json") else _CONFIGS / f"{name}.json"
     if not str(name).endswith(".json") and name not in model_names():
         raise UsageError(f"there is no model {name}; choose one of {', '.join(model_names())}, or give a JSON file")

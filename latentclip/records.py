@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.storage import Folder
+from latentclip.tokens import TokenFormat
 from latentclip.versions import FORMAT_VERSION, upgrade
 
 DATASET_FILE = "dataset.json"
@@ -73,6 +74,10 @@ class Outcome:
     """Keys under a tombstone."""
     truncated: bool = False
     """Whether the pair shard ended early, so that `planned` counts only its readable part."""
+    reencoded: int = 0
+    """Stored latents that were not finite at first and were computed again in float32."""
+    clipped: int = 0
+    """Values of stored latents that lie beyond the range of int8."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,10 @@ class Record:
     statistics: dict[str, list[float]]
     """`channel_mean` and `channel_std` over the samples and cells of the first view; empty lists if none is stored."""
     format_version: int = FORMAT_VERSION
+    reencoded: int = 0
+    """Stored latents that were not finite at first and were computed again in float32."""
+    clipped: int = 0
+    """Values of stored latents that lie beyond the range of int8."""
 
     @property
     def name(self) -> str:
@@ -157,6 +166,8 @@ class DatasetFile:
     """Image size, resize mode, recipe of the views, caption limit, ..."""
     container: Literal["parquet", "webdataset"] = "parquet"
     views: int = 1
+    tokens: TokenFormat | None = None
+    """Whose tokens of the captions are stored, if any are."""
     limit: int | None = None
     """Only so many pairs of the input were meant to be encoded."""
     software: dict[str, str] = field(default_factory=dict)
@@ -164,12 +175,13 @@ class DatasetFile:
 
     def header(self) -> dict[str, Any]:
         """What every shard repeats, so that a single shard says what its numbers mean."""
-        names = ("format_version", "latent_shape", "latent_space", "views")
-        return {name: value for name, value in self.to_json().items() if name in names}
+        names = ("format_version", "latent_shape", "latent_space", "views", "tokens")
+        return {name: value for name, value in self.to_json().items() if name in names and value is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+        shape = list(self.latent_shape)
+        return {**asdict(self), "latent_shape": shape, "latent_space": self.latent_space.to_json()}
 
     def publish(self, folder: Folder) -> DatasetFile:
         """Create `dataset.json` and return what the folder then holds.
@@ -196,7 +208,17 @@ class DatasetFile:
             raise UsageError(f"{folder} holds no latents ({DATASET_FILE} is missing); check the path") from None
         space = LatentSpace.from_json(values.pop("latent_space"))
         channels, height, width = values.pop("latent_shape")
-        return cls(latent_space=space, latent_shape=(channels, height, width), **values)
+        tokens = TokenFormat(**made) if (made := values.pop("tokens", None)) else None
+        return cls(latent_space=space, latent_shape=(channels, height, width), tokens=tokens, **values)
+
+
+def with_scales(dataset: DatasetFile, folder: Folder) -> DatasetFile:
+    """The dataset file with the int8 scales that the folder's own has, if it has any."""
+    if dataset.latent_space.dtype != "int8" or not folder.exists(DATASET_FILE):
+        return dataset
+    there = DatasetFile.read(folder).latent_space
+    space = replace(dataset.latent_space, int8_scale=there.int8_scale, int8_offset=there.int8_offset)
+    return replace(dataset, latent_space=space)
 
 
 def data_name(stem: str, generation: int, container: str) -> str:

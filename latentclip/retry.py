@@ -145,5 +145,7 @@ class _Sorting:
             rejected_keys=rejected,
             removed_keys=[*self.record.removed_keys, *self.removed],
             truncated=truncated,
+            reencoded=self.record.reencoded + work.reencoded,
+            clipped=self.record.clipped + work.clipped,
         )
         return take(join(self.old, work.rows()), chosen), outcome

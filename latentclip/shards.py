@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from latentclip.containers import LatentRows, parse, serialise
+from latentclip.latent_space import LatentSpace
+from latentclip.quantise import all_finite, to_float
 from latentclip.records import (
     SUFFIXES,
     Counts,
@@ -62,7 +64,8 @@ def write_shard(
     for generation in itertools.count(first):
         if existing := find_record(folder, outcome.shard, dataset.container, first):
             return existing
-        record = _record(data_name(outcome.shard, generation, dataset.container), generation, data, rows, outcome)
+        name = data_name(outcome.shard, generation, dataset.container)
+        record = _record(name, generation, data, rows, outcome, dataset.latent_space)
         if folder.create(record.data, data):
             published = record.publish(folder)
             if not folder.exists(record.data):  # this writer stood still for so long that it was collected as an orphan
@@ -83,11 +86,12 @@ def find_record(folder: Folder, shard: str, container: str, first: int = 0) -> R
     return newest
 
 
-def _record(data_file: str, generation: int, data: Buffer, rows: LatentRows, outcome: Outcome) -> Record:
+def _record(
+    data_file: str, generation: int, data: Buffer, rows: LatentRows, outcome: Outcome, space: LatentSpace
+) -> Record:
     """The record of these rows. Raises ConservationError if they are not what the outcome leaves to be stored."""
     assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
-    blocks = (block for latents in rows.latents for block in _blocks(latents))
-    assert all(np.isfinite(block).all() for block in blocks), f"NaN or Inf in shard {outcome.shard}"
+    assert all(all_finite(latents, space) for latents in rows.latents), f"NaN or Inf in shard {outcome.shard}"
     rejects = {str(reason): len(keys) for reason, keys in outcome.rejected_keys.items()}
     filtered = sum(map(len, outcome.filtered_keys.values()))
     counts = Counts(outcome.planned, len(rows), sum(rejects.values()), filtered, len(outcome.removed_keys))
@@ -105,26 +109,28 @@ def _record(data_file: str, generation: int, data: Buffer, rows: LatentRows, out
         filtered_keys={reason: list(keys) for reason, keys in outcome.filtered_keys.items()},
         removed_keys=list(outcome.removed_keys),
         truncated=outcome.truncated,
-        statistics=_statistics(rows.latents[0]),
+        statistics=_statistics(rows.latents[0], space),
+        reencoded=outcome.reencoded,
+        clipped=outcome.clipped,
     )
     record.check_conservation()
     return record
 
 
-def _statistics(latents: np.ndarray) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel of (n, c, h, w) latents."""
+def _statistics(latents: np.ndarray, space: LatentSpace) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel of stored (n, c, h, w) latents."""
     if not len(latents):
         return {"channel_mean": [], "channel_std": []}
     axes, values = (0, 2, 3), latents.size // latents.shape[1]
-    mean = sum(block.sum(axes, dtype=np.float64) for block in _blocks(latents)) / values
-    centred = (block - mean[:, None, None] for block in _blocks(latents))
+    mean = sum(block.sum(axes, dtype=np.float64) for block in _blocks(latents, space)) / values
+    centred = (block - mean[:, None, None] for block in _blocks(latents, space))
     deviation = np.sqrt(sum(np.square(block).sum(axes) for block in centred) / values)
     return {"channel_mean": mean.tolist(), "channel_std": deviation.tolist()}
 
 
-def _blocks(latents: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows at a time, so that what is computed of them stays small whatever the shard's size."""
-    return (latents[start : start + _BLOCK] for start in range(0, len(latents), _BLOCK))
+def _blocks(latents: np.ndarray, space: LatentSpace) -> Iterator[np.ndarray]:
+    """Some rows at a time, as float32, so that what is computed of them stays small whatever the shard's size."""
+    return (to_float(latents[start : start + _BLOCK], space) for start in range(0, len(latents), _BLOCK))
 
 
 def read_shard(

@@ -80,6 +80,9 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._files = files
         self.context_length: int = tokenizer.context_length
+        hugging_face = tokenizer.tokenizer if isinstance(tokenizer, HFTokenizer) else None
+        self.vocabulary: int = tokenizer.vocab_size if hugging_face is None else len(hugging_face)
+        """Token ids lie below it."""
         vocabulary = [
             (name, hashlib.sha256(files[name]).hexdigest()) for name in sorted(files) if name != _MODEL_CONFIG
         ]

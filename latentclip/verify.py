@@ -21,6 +21,7 @@ from tqdm import tqdm
 from latentclip.duplicates import KeyIndex
 from latentclip.errors import UsageError
 from latentclip.order import key_words
+from latentclip.quantise import all_finite
 from latentclip.records import (
     DATASET_FILE,
     SUFFIXES,
@@ -208,7 +209,7 @@ def _check_record(checks: Checks, shard: ShardNames, folder: Folder, report: Rep
             raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again")
         return Checked(report)
     rows = read_shard(url, checksum=record.sha256, size=record.bytes, dataset=checks.dataset)
-    problem = _problem(record, rows)
+    problem = _problem(record, rows, checks.dataset)
     if shard.source and not problem:
         problem = _source_problem(checks.dataset, record, rows, shard.source)
     if checks.codec and not problem:
@@ -241,13 +242,13 @@ def _check_pending(checks: Checks, shard: ShardNames, report: Report) -> None:
     report.truncated_shards += [shard.stem] * truncated
 
 
-def _problem(record: Record, rows: LatentRows) -> str:
+def _problem(record: Record, rows: LatentRows, dataset: DatasetFile) -> str:
     """What the rows of an intact file contradict, or nothing."""
     if len(rows) != record.counts.stored:
         return f"holds {len(rows)} rows, its record says {record.counts.stored}"
     if len(set(rows.keys)) != len(rows) or keys_digest(rows.keys) != record.keys_sha256:
         return "holds other keys than its record says, or one twice"
-    if not all(np.isfinite(latents).all() for latents in rows.latents):
+    if not all(all_finite(latents, dataset.latent_space) for latents in rows.latents):
         return "holds NaN or Inf"
     return ""
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from latentclip.codec import Precision
 from latentclip.encode import EncodeSettings
 from latentclip.errors import UsageError, require_at_least
 from latentclip.fit import FitSettings, Flat
@@ -27,6 +28,8 @@ class EncodeConfig:
     codec: str = "demo"
     """Autoencoder: `demo` (packaged), a local directory in diffusers layout, or a hub name."""
     settings: Annotated[EncodeSettings, Flat] = field(default_factory=EncodeSettings)
+    precision: Precision = "auto"
+    """Arithmetic of the codec: auto is bfloat16 on GPUs and float32 on CPUs. What overflows is redone in float32."""
     limit: int | None = None
     """Encode only the first so many pairs. Another limit needs another output folder."""
     retry: str | None = None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
 from latentclip.loaded import load
+from latentclip.quantise import to_float
 from latentclip.shards import ShardCorrupt, read_shard
 from pipelines.configs import EvaluateConfig
 
@@ -66,7 +67,8 @@ class Embedder:
         rows = read_shard(url, columns=["latent", "caption", *([label] if label else [])], checksum=sha256)
         features = []
         for first in range(0, len(rows), self.config.batch_size):
-            latents = torch.from_numpy(rows.latents[0][first : first + self.config.batch_size].astype(np.float32))
+            stored = rows.latents[0][first : first + self.config.batch_size]
+            latents = torch.from_numpy(to_float(stored, space))
             with torch.no_grad():
                 features.append(self.clip.encode_latents(latents, space).float().cpu().numpy())
         labels = rows.metadata.get(label, [None] * len(rows)) if label else []

@@ -22,9 +22,11 @@ import ray
 import torch
 from tqdm import tqdm
 
-from latentclip.codec import load_codec
+from latentclip.calibrate import measure, publish_with_scales
+from latentclip.codec import Precision, arithmetic, load_codec
 from latentclip.encode import ShardEncoder, dataset_file
 from latentclip.errors import UsageError
+from latentclip.latent_space import LatentSpace
 from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
 from latentclip.records import Record
 from latentclip.retry import due, parse_reasons, retried, retry
@@ -35,6 +37,9 @@ from pipelines.configs import EncodeConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
 
+COUNTS = ("planned", "stored", "rejected", "reencoded", "halved")
+"""What is summed over the shards of a run."""
+
 
 class Encoder:
     """The actor: one codec on one device, shard after shard."""
@@ -42,7 +47,7 @@ class Encoder:
     def __init__(self, config: EncodeConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        codec = load_codec(config.codec, device=device)
+        codec = load_codec(config.codec, device=device, dtype=arithmetic(config.precision, device))
         self.retried = parse_reasons(config.retry) if config.retry else frozenset()
         self.encoder = ShardEncoder(codec, config.settings, Folder(config.latents), decoders=config.decoders or threads)
 
@@ -51,6 +56,10 @@ class Encoder:
         rows = zip(batch["shard"], batch["limit"], batch["record"], strict=True)
         results = [self.encode(str(url), int(limit), str(record)) for url, limit, record in rows]
         return {name: [result[name] for result in results] for name in results[0]}
+
+    def measure(self, shards: list[str]) -> LatentSpace:
+        """The latent space with int8 scales for the first pairs of some shards."""
+        return measure(self.encoder, shards)
 
     def encode(self, url: str, limit: int, name: str) -> dict[str, Any]:
         """Encode one shard, or the rejects of the record of that name again; returns what became of its pairs.
@@ -63,9 +72,15 @@ class Encoder:
             record = self.encoder.encode(url, limit if limit >= 0 else None)
         except (UsageError, OSError) as error:
             problem = str(error) if isinstance(error, ShardUnreadable) else f"{url} is not encoded: {error}"
-            return {"shard": url, "planned": 0, "stored": 0, "rejected": 0, "problem": problem}
+            return {"shard": url, **dict.fromkeys(COUNTS, 0), "problem": problem}
         counts = {name: getattr(record.counts, name) for name in ("planned", "stored", "rejected")}
+        counts |= {"reencoded": record.reencoded, "halved": self.halved()}
         return {"shard": url, **counts, "problem": cut_off(url, record)}
+
+    def halved(self) -> int:
+        """Batches halved since this was last asked."""
+        halved, self.encoder.guard.halved = self.encoder.guard.halved, 0
+        return halved
 
     def retry(self, url: str, limit: int | None, name: str) -> dict[str, Any]:
         """Encode the rejects of one shard again; counts them alone."""
@@ -78,6 +93,8 @@ class Encoder:
             "planned": planned,
             "stored": stored,
             "rejected": planned - stored,
+            "reencoded": after.reencoded - before.reencoded,
+            "halved": self.halved(),
             "problem": cut_off(url, after),
         }
 
@@ -128,6 +145,26 @@ def pool_size(config: EncodeConfig) -> tuple[int, dict[str, Any], int]:
     return actors, {"num_gpus": 1.0} if gpus else {"num_cpus": 1.0}, threads
 
 
+def precision_here(config: EncodeConfig) -> Precision:
+    """The precision with "auto" settled by whether the cluster has GPUs."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if ray.cluster_resources().get("GPU") else "float32"
+
+
+def measured(config: EncodeConfig, shards: list[str]) -> LatentSpace:
+    """The latent space with int8 scales for the first pairs of some shards, measured by one actor."""
+    _, resources, threads = pool_size(config)
+    actor: Any = ray.remote(Encoder).options(**resources).remote(config, threads)
+    try:
+        space: LatentSpace = ray.get(actor.measure.remote(shards))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UsageError) else error from None
+    finally:
+        ray.kill(actor)
+    return space
+
+
 def encode_shards(config: EncodeConfig, todo: list[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
     """Run the actors over the shards; yields one result a shard, in the order in which they end."""
     context = ray.data.DataContext.get_current()
@@ -160,27 +197,30 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     unfinished, done = remaining(config)
     again = to_retry(config)
     todo = [*((url, limit, "") for url, limit in unfinished), *again]
-    dataset = replace(dataset_file(load_codec(config.codec), config.settings), limit=config.limit)
+    probe = load_codec(config.codec, dtype=arithmetic(config.precision, "cpu"))
+    dataset = replace(dataset_file(probe, config.settings), limit=config.limit)
     latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
     retries = f", {len(again)} to retry" if config.retry else ""
     print(f"encode: {done} shards done, {len(unfinished)} to do{retries}, {latents}", flush=True)
     if config.dry_run:
-        return {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
+        return {**dict.fromkeys(COUNTS, 0), "problems": []}
     folder = Folder(config.latents)
     with cluster(config.ray_address), StageLog(folder, "encode") as log:
         warn_unless_shared(config.latents)
-        dataset.publish(folder)
-        total: dict[str, Any] = {"planned": 0, "stored": 0, "rejected": 0, "problems": []}
+        config = replace(config, precision=precision_here(config))
+        dataset = replace(dataset, preprocessing={**dataset.preprocessing, "precision": config.precision})
+        publish_with_scales(dataset, folder, lambda: measured(config, [url for url, *_ in todo]))
+        total: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "problems": []}
         if not todo:
             return total
         write_config(folder, "encode.config.json", config)
         with tqdm(unit="pair", desc="encode", file=sys.stdout, mininterval=1) as progress:
             for number, result in enumerate(encode_shards(config, todo), 1):
-                for name in ("planned", "stored", "rejected"):
+                for name in COUNTS:
                     total[name] += result[name]
                 if result["problem"]:
                     total["problems"].append(result["problem"])
-                log.samples = total["planned"]
+                log.samples, log.halved = total["planned"], total["halved"]
                 progress.set_postfix(shards=f"{number}/{len(todo)}", rejected=total["rejected"], refresh=False)
                 progress.update(result["planned"])
     return total
@@ -196,6 +236,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"warning: {problem}", file=sys.stderr)
     seconds = time.monotonic() - start
     print(f"encode: {total['stored']} stored, {total['rejected']} rejected in {seconds:.1f} s -> {config.latents}")
+    if total["reencoded"]:
+        print(f"encode: {total['reencoded']} latents overflowed and were computed again in float32")
+    if total["halved"]:
+        print(f"encode: {total['halved']} batches did not fit in the accelerator's memory and were halved")
     if total["rejected"]:
         print(f"encode: python -m latentclip verify {config.latents} counts the rejects by reason")
     return 1 if total["problems"] else 0

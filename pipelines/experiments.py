@@ -90,7 +90,7 @@ _PAPER_ENCODE = EncodeConfig(
     pairs=GIVEN,
     latents=GIVEN,
     codec="madebyollin/sdxl-vae-fp16-fix",
-    settings=EncodeSettings(image_size=512, scaled=False),
+    settings=EncodeSettings(image_size=512, scaled=False, tokens="Latent-ViT-B-8-512"),
 )
 
 

@@ -17,6 +17,7 @@ from latentclip.dataset import LatentDataset
 from latentclip.images import pixels
 from latentclip.originals import originals
 from latentclip.pairs import SUFFIXES as PAIR_SUFFIXES
+from latentclip.quantise import to_float
 from latentclip.records import SUFFIXES, split_generation
 from latentclip.report import Example
 from latentclip.report.pictures import latent_preview, png_uri
@@ -102,7 +103,7 @@ class Pictures:
             stored = self.dataset.read(self.index[shard], ["latent"])
             places = {key: place for place, key in enumerate(stored.keys)}
             for key in keys:
-                found[Row(shard, key)] = torch.from_numpy(stored.latents[0][places[key]].astype(np.float32))
+                found[Row(shard, key)] = torch.from_numpy(to_float(stored.latents[0][places[key]], self.dataset.space))
         return found
 
     def originals(self, rows: Sequence[Row]) -> dict[Row, Image.Image]:

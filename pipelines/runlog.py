@@ -20,6 +20,8 @@ class StageLog:
         self.folder = folder
         self.name = f"{stage}.log.json"
         self.samples = 0
+        self.halved = 0
+        """Batches halved for the accelerator's memory."""
 
     def __enter__(self) -> StageLog:
         self.started = datetime.now(UTC)
@@ -33,6 +35,7 @@ class StageLog:
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self.clock, 3),
             "samples": self.samples,
+            **({"halved": self.halved} if self.halved else {}),
             "host": platform.node(),
             "outcome": kind.__name__ if kind else "done",
         }

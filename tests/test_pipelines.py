@@ -16,11 +16,13 @@ import ray
 from demo_pairs import emoji_shards
 from latent_samples import SPACE, fill
 
+import latentclip
 from latentclip.augment import LatentAugmentation
 from latentclip.checkpoint import newest_good
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, FitSettings
+from latentclip.tokens import token_format
 from latentclip.training import Optimisation
 from latentclip.verify import verify
 from pipelines import encode, evaluate, train
@@ -86,6 +88,29 @@ def test_a_limit_bounds_the_pairs(ray_cluster: None, tmp_path: Path) -> None:
     assert verify(config.latents, str(pairs)).state == "complete"
     with pytest.raises(UsageError, match="limit is 7 there and None here; choose another output folder"):
         encode.run(replace(config, limit=None))
+
+
+def test_int8_scales_are_measured_once_and_kept_for_appended_shards(ray_cluster: None, tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=3, rows=6)
+    config = encode_config(pairs / "00000.tar", tmp_path / "latents")
+    config = replace(config, settings=replace(config.settings, dtype="int8", tokens="Latent-ViT-tiny"))
+    assert encode.run(config)["stored"] == 6
+    first = (tmp_path / "latents" / "dataset.json").read_bytes()
+    space = LatentDataset(tmp_path / "latents").space
+    assert len(space.int8_scale) == len(space.int8_offset) == space.channels
+    assert encode.run(replace(config, pairs=str(pairs)))["stored"] == 12
+    assert (tmp_path / "latents" / "dataset.json").read_bytes() == first
+    assert verify(str(tmp_path / "latents"), str(pairs)).state == "complete"
+    with pytest.raises(UsageError, match=r"precision is 'float32' there and 'bfloat16' here"):
+        encode.run(replace(config, precision="bfloat16"))
+    assert train.run(train_config(tmp_path / "latents", tmp_path / "run", steps=2))
+    assert latentclip.load(tmp_path / "run").space == space
+
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "00000.tar").write_bytes(b"no tar")
+    with pytest.raises(UsageError, match="none of the first pairs can be encoded"):
+        encode.run(replace(config, pairs=str(tmp_path / "bad"), latents=str(tmp_path / "none")))
+    assert not (tmp_path / "none" / "dataset.json").exists()
 
 
 def test_a_shard_that_cannot_be_written_does_not_stop_the_others(ray_cluster: None, tmp_path: Path) -> None:
@@ -254,3 +279,4 @@ def test_the_papers_experiments_hold_its_values() -> None:
         assert settings.augmentation == LatentAugmentation()
         assert 33e9 < settings.steps * settings.batch_size < 35e9
         assert experiment.encode.settings.image_size == 512
+        assert token_format(str(experiment.encode.settings.tokens)) == token_format(model)

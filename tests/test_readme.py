@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,28 @@ import numpy as np
 import pytest
 import ray
 import torch
-from latent_samples import fill
+from latent_samples import SPACE, fill, make_dataset, make_outcome, make_rows
 from PIL import Image
 
 import latentclip
 from latentclip.checkpoint import save_checkpoint
+from latentclip.latent_space import StoredType
 from latentclip.model import build_model, resolve_config
-from latentclip.shards import read_shard
+from latentclip.quantise import Ranges, to_float, to_stored
+from latentclip.shards import read_shard, write_shard
+from latentclip.storage import Folder
 from latentclip.text import load_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def run_block(beginning: str, **names: Any) -> dict[str, Any]:
-    """Run the one block that begins so; returns its variables."""
+def run_block(beginning: str, replacing: Mapping[str, str] | None = None, **names: Any) -> dict[str, Any]:
+    """Run the one block that begins so, some of its words replaced; returns its variables."""
     [block] = [block for block in BLOCKS if block.startswith(beginning)]
+    for old, new in (replacing or {}).items():
+        assert old in block
+        block = block.replace(old, new)
     variables = {"__name__": "__main__", **names}
     exec(compile(block, "README.md", "exec"), variables)
     return variables
@@ -85,3 +92,29 @@ def test_latents_are_read_elsewhere(library: str, tmp_path: Path, monkeypatch: p
     with one_core_ray() if library == "ray" else nullcontext():
         latents = run_block(f"# {library}", C=4, H=2, W=3)["latents"]
     np.testing.assert_array_equal(np.stack(list(latents)), read_shard("latents/00000.parquet").latents[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+@pytest.mark.parametrize("library", ["numpy", "datasets", "duckdb", "ray"])
+@pytest.mark.parametrize(("dtype", "numpy_type"), [("int8", "int8"), ("bfloat16", "uint16")])
+def test_other_types_are_read_elsewhere(
+    library: str, dtype: StoredType, numpy_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed (pip install -e .[dev])")
+    if library == "datasets":
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    rows = make_rows()
+    ranges = Ranges(4)
+    ranges.add(rows.latents[0].astype(np.float32))
+    space = replace(ranges.calibrate(SPACE), dtype=dtype)
+    space = space if dtype == "int8" else replace(space, int8_scale=(), int8_offset=())
+    rows.latents = [to_stored(rows.latents[0].astype(np.float32), space)[0]]
+    dataset = make_dataset(latent_space=space)
+    dataset.publish(folder := Folder(tmp_path / "latents"))
+    write_shard(folder, dataset, rows, make_outcome("00000", rows))
+    with one_core_ray() if library == "ray" else nullcontext():
+        latents = run_block(f"# {library}", {'"float16"': f'"{numpy_type}"'}, C=4, H=2, W=3)["latents"]
+    latents = run_block(f"# {dtype}", latents=latents, np=np, C=4)["latents"]
+    np.testing.assert_array_equal(np.stack(latents), to_float(rows.latents[0], space))
