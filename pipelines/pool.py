@@ -1,0 +1,157 @@
+"""A pool of actors that works through shards and outlives what happens to a cluster. Ray Data schedules it.
+
+    for answer in answers(Encoder, (config, threads), rows, actors, {"num_gpus": 1.0}): ...
+
+Actors and nodes that are lost are replaced, and what they were at is done again. A shard that takes every actor with
+it is given up in the end: it comes back as a problem with its cause, the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from threading import Lock
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.annotations import RayDeprecationWarning
+
+from latentclip.errors import UsageError
+
+IN_FLIGHT = 2
+"""Shards an actor has at once: one is read or written while the codec works for the other. A lost actor repeats them."""
+RETRIES = 4
+"""Times that a shard is begun again after its actor was lost. Ray Data's default is for ever, which a shard that kills
+its actor would take."""
+HOPELESS = 3
+"""Shards given up one after the other, with nothing done between them, before it is the actors' fault, not theirs."""
+_REFUSED = "refused"
+
+Worker = Callable[[dict[str, Any]], dict[str, list[Any]]]
+
+
+class ActorsLost(UsageError):  # noqa: N818 - what became of them
+    """The actors die whatever they work on; the message says of what."""
+
+
+class _Started:
+    """What Ray Data starts: the worker itself is made by the first call, so that starting counts as a try of a shard.
+
+    A constructor that fails for good ends a restarted actor without Ray Data noticing, and one that is killed again
+    and again is restarted for ever. A call has `RETRIES`.
+    """
+
+    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
+        self._make = make
+        self._arguments = arguments
+        self._worker: Worker | None = None
+        self._starting = Lock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        try:
+            with self._starting:
+                self._worker = self._worker or self._make(*self._arguments)
+        except UsageError as error:  # as an answer, since Ray Data forgets the type of an exception
+            return {"shard": list(batch["shard"]), _REFUSED: [str(error)] * len(batch["shard"])}
+        except Exception:  # a broken device, say: another process, perhaps on another node, may do better
+            traceback.print_exc()
+            os._exit(1)
+        return self._worker(batch)
+
+
+def answers(
+    make: Callable[..., Worker],
+    arguments: tuple[Any, ...],
+    rows: list[dict[str, Any]],
+    actors: int,
+    resources: Mapping[str, float],
+) -> Iterator[dict[str, Any]]:
+    """Run `actors` of what `make(*arguments)` makes over `rows`, each with its shard as `row["shard"]`.
+
+    Yields one answer a row, in the order in which they end: the worker's own, or `{"shard", "problem"}` for a shard
+    that no actor survived. Raises ActorsLost if they survive none, and a worker's UsageError in starting.
+    """
+    waiting = {row["shard"]: row for row in rows}
+    # First all at once. Those that were lost too often, be it beside a bad shard, have one more chance by themselves.
+    tolerated = 2 * IN_FLIGHT * actors + len(rows) // 100
+    try:
+        for answer in _stream(make, arguments, rows, min(actors, len(rows)), resources, IN_FLIGHT, tolerated):
+            del waiting[answer["shard"]]
+            yield answer
+    except RayError as error:
+        raise _lost(error) from error
+    hopeless = 0
+    while waiting:
+        try:
+            for answer in _stream(make, arguments, list(waiting.values()), 1, resources, in_flight=1, tolerated=0):
+                hopeless = 0
+                del waiting[answer["shard"]]
+                yield answer
+        except RayError as error:
+            hopeless += 1
+            if hopeless == min(HOPELESS, len(rows)):
+                raise _lost(error) from error
+            shard = next(iter(waiting))  # one actor, one shard at a time, in order
+            del waiting[shard]
+            problem = f"{shard} is not encoded: its actor died {2 * (RETRIES + 1)} times ({_cause(error)})"
+            yield {"shard": shard, "problem": problem}
+
+
+def _stream(
+    make: Callable[..., Worker],
+    arguments: tuple[Any, ...],
+    rows: list[dict[str, Any]],
+    actors: int,
+    resources: Mapping[str, float],
+    in_flight: int,
+    tolerated: int,
+) -> Iterator[dict[str, Any]]:
+    """One execution of Ray Data; shards that were lost too often, up to `tolerated`, do not appear in it."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = tolerated
+    # By default the first actor that does not start ends the job.
+    context.max_consecutive_actor_init_deaths = RETRIES
+    # By default a job without a result in half an hour fails, and a shard may take longer.
+    context.execution_no_progress_timeout_s = -1
+    for name in ("_internal.execution.streaming_executor_state", "exceptions"):  # a traceback for each shard given up
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
+    strategy = ray.data.ActorPoolStrategy(
+        size=actors,
+        max_tasks_in_flight_per_actor=in_flight,
+        max_concurrent_calls_per_actor=in_flight,
+        enable_true_multi_threading=True,
+    )
+    with warnings.catch_warnings():
+        # The two options have no other name yet.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Started,
+            fn_constructor_args=(make, arguments),
+            batch_size=1,
+            compute=strategy,
+            max_restarts=-1,  # a job of weeks may lose any number of actors to preempted nodes
+            max_task_retries=RETRIES,
+            **resources,
+        )
+    for answer in results.iter_rows():
+        if _REFUSED in answer:
+            raise UsageError(answer[_REFUSED])
+        yield answer
+
+
+def _lost(error: RayError) -> ActorsLost:
+    return ActorsLost(
+        f"the actors die whatever they work on ({_cause(error)}); Ray's worker logs say more; see that they start and "
+        "fit in memory, and run the same command"
+    )
+
+
+def _cause(error: RayError) -> str:
+    """The first sentence of what Ray says."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
