@@ -12,7 +12,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from threading import Lock
 from typing import Any
 
@@ -27,6 +27,8 @@ IN_FLIGHT = 2
 RETRIES = 4
 """Times that a shard is begun again after its actor was lost. Ray Data's default is for ever, which a shard that kills
 its actor would take."""
+TOLERATED = 100
+"""Shards that may be given up at first, or 1 % of them, beside some for each actor. More is the actors' fault."""
 HOPELESS = 3
 """Shards given up one after the other, with nothing done between them, before it is the actors' fault, not theirs."""
 _REFUSED = "refused"
@@ -68,7 +70,7 @@ def answers(
     arguments: tuple[Any, ...],
     rows: list[dict[str, Any]],
     actors: int,
-    resources: Mapping[str, float],
+    resources: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Run `actors` of what `make(*arguments)` makes over `rows`, each with its shard as `row["shard"]`.
 
@@ -76,27 +78,23 @@ def answers(
     that no actor survived. Raises ActorsLost if they survive none, and a worker's UsageError in starting.
     """
     waiting = {row["shard"]: row for row in rows}
-    # First all at once. Those that were lost too often, be it beside a bad shard, have one more chance by themselves.
-    tolerated = 2 * IN_FLIGHT * actors + len(rows) // 100
+    tolerated = 2 * IN_FLIGHT * actors + min(len(rows) // 100, TOLERATED)
     try:
         for answer in _stream(make, arguments, rows, min(actors, len(rows)), resources, IN_FLIGHT, tolerated):
             del waiting[answer["shard"]]
             yield answer
     except RayError as error:
         raise _lost(error) from error
+    # What was lost too often, be it only beside a bad shard, has one more chance, alone with a new actor.
     hopeless = 0
-    while waiting:
+    for shard, row in waiting.items():
         try:
-            for answer in _stream(make, arguments, list(waiting.values()), 1, resources, in_flight=1, tolerated=0):
-                hopeless = 0
-                del waiting[answer["shard"]]
-                yield answer
+            yield from _stream(make, arguments, [row], 1, resources, in_flight=1, tolerated=0)
+            hopeless = 0
         except RayError as error:
             hopeless += 1
             if hopeless == min(HOPELESS, len(rows)):
                 raise _lost(error) from error
-            shard = next(iter(waiting))  # one actor, one shard at a time, in order
-            del waiting[shard]
             problem = f"{shard} is not encoded: its actor died {2 * (RETRIES + 1)} times ({_cause(error)})"
             yield {"shard": shard, "problem": problem}
 
@@ -106,7 +104,7 @@ def _stream(
     arguments: tuple[Any, ...],
     rows: list[dict[str, Any]],
     actors: int,
-    resources: Mapping[str, float],
+    resources: dict[str, Any],
     in_flight: int,
     tolerated: int,
 ) -> Iterator[dict[str, Any]]:
