@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from latentclip.errors import UsageError
@@ -27,6 +27,8 @@ IN_FLIGHT = 2
 RETRIES = 4
 """Times that a shard is begun again after its actor was lost. Ray Data's default is for ever, which a shard that kills
 its actor would take."""
+RESTARTS = 1000
+"""Times that one actor is replaced: enough for weeks on preempted nodes, yet an end where it cannot even start."""
 TOLERATED = 100
 """Shards that may be given up at first, or 1 % of them, beside some for each actor. More is the actors' fault."""
 HOPELESS = 3
@@ -95,7 +97,7 @@ def answers(
             hopeless += 1
             if hopeless == min(HOPELESS, len(rows)):
                 raise _lost(error) from error
-            problem = f"{shard} is not encoded: its actor died {2 * (RETRIES + 1)} times ({_cause(error)})"
+            problem = f"{shard} is given up, since every actor fails or dies with it ({_cause(error)})"
             yield {"shard": shard, "problem": problem}
 
 
@@ -133,7 +135,7 @@ def _stream(
             fn_constructor_args=(make, arguments),
             batch_size=1,
             compute=strategy,
-            max_restarts=-1,  # a job of weeks may lose any number of actors to preempted nodes
+            max_restarts=RESTARTS,
             max_task_retries=RETRIES,
             **resources,
         )
@@ -145,11 +147,12 @@ def _stream(
 
 def _lost(error: RayError) -> ActorsLost:
     return ActorsLost(
-        f"the actors die whatever they work on ({_cause(error)}); Ray's worker logs say more; see that they start and "
+        f"the actors fail or die whatever they work on ({_cause(error)}); Ray's worker logs say more; see that they start and "
         "fit in memory, and run the same command"
     )
 
 
 def _cause(error: RayError) -> str:
-    """The first sentence of what Ray says."""
-    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    """What Ray says in a sentence: the last line of a traceback, the first of anything else."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if isinstance(error, RayTaskError) else lines[0].partition(". ")[0].rstrip(".")
