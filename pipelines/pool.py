@@ -23,7 +23,7 @@ from ray.util.annotations import RayDeprecationWarning
 from latentclip.errors import UsageError
 
 IN_FLIGHT = 2
-"""Shards an actor has at once: one is read or written while the codec works for the other. A lost actor repeats them."""
+"""Shards an actor has at once: one is read or written while the codec works for the other. Losing it repeats both."""
 RETRIES = 4
 """Times that a shard is begun again after its actor was lost. Ray Data's default is for ever, which a shard that kills
 its actor would take."""
@@ -147,8 +147,8 @@ def _stream(
 
 def _lost(error: RayError) -> ActorsLost:
     return ActorsLost(
-        f"the actors fail or die whatever they work on ({_cause(error)}); Ray's worker logs say more; see that they start and "
-        "fit in memory, and run the same command"
+        f"the actors fail or die whatever they work on ({_cause(error)}); Ray's worker logs say more; see that they "
+        "start and fit in memory, and run the same command"
     )
 
 

@@ -1,8 +1,8 @@
 """SIGKILLs in a running encode job on a local cluster of several nodes: what is killed, who watches, what is left.
 
-    pairs = write_pairs(folder / "pairs", shards=60, rows=500)
-    with Nodes() as nodes, Reader(folder / "latents") as reader:
-        survive(Job(nodes.address, pairs, folder / "latents"), nodes, reader, schedule(seed=0, shards=60, kills))
+pairs = write_pairs(folder / "pairs", shards=60, rows=500)
+with Nodes() as nodes, Reader(folder / "latents") as reader:
+    survive(Job(nodes.address, pairs, folder / "latents"), nodes, reader, schedule(seed=0, shards=60, kills))
 """
 
 from __future__ import annotations
@@ -177,10 +177,11 @@ def leftovers(folder: Path) -> list[str]:
 class Job:
     """The command that a user runs, again and again."""
 
-    def __init__(self, address: str, pairs: Path, latents: Path, encoders: int = 3) -> None:
+    def __init__(self, address: str, pairs: Path, latents: Path, encoders: int = 3, views: int = 1) -> None:
         self.latents = latents
-        self.arguments = ["demo", "--pairs", str(pairs), "--latents", str(latents), "--views", "1"]
-        self.arguments += ["--batch-size", "32", "--encoders", str(encoders), "--threads", "1", "--decoders", "1", "--ray-address", address]
+        self.arguments = ["demo", "--pairs", str(pairs), "--latents", str(latents), "--ray-address", address]
+        self.arguments += ["--encoders", str(encoders), "--threads", "1", "--decoders", "1"]
+        self.arguments += ["--batch-size", "32", "--views", str(views)]
         self.log = latents.with_name(latents.name + ".log")
         self.starts = 0
 
@@ -238,9 +239,7 @@ class Reader(Thread):
         if name.endswith(RECORD_SUFFIX):
             record = Record.read(self.folder, name)
             dataset = DatasetFile.read(self.folder)
-            rows = read_shard(
-                self.folder.path(record.data), checksum=record.sha256, size=record.bytes, dataset=dataset
-            )
+            rows = read_shard(self.folder.path(record.data), checksum=record.sha256, size=record.bytes, dataset=dataset)
             assert len(rows) == record.counts.stored
         elif name.endswith(".parquet"):
             pq.read_table(self.folder.path(name), page_checksum_verification=True)
