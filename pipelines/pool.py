@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from latentclip.errors import UsageError
@@ -33,13 +33,17 @@ TOLERATED = 100
 """Shards that may be given up at first, or 1 % of them, beside some for each actor. More is the actors' fault."""
 HOPELESS = 3
 """Shards given up one after the other, with nothing done between them, before it is the actors' fault, not theirs."""
-_REFUSED = "refused"
+_REFUSED, _FAILED = "refused", "failed"
 
 Worker = Callable[[dict[str, Any]], dict[str, list[Any]]]
 
 
 class ActorsLost(UsageError):  # noqa: N818 - what became of them
     """The actors die whatever they work on; the message says of what."""
+
+
+class WorkerFailed(RayError):  # noqa: N818 - what became of it
+    """A worker raised what is no answer; it is treated as if it had died."""
 
 
 class _Started:
@@ -54,6 +58,7 @@ class _Started:
         self._arguments = arguments
         self._worker: Worker | None = None
         self._starting = Lock()
+        self._failed = False
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         try:
@@ -64,7 +69,16 @@ class _Started:
         except Exception:  # a broken device, say: another process, perhaps on another node, may do better
             traceback.print_exc()
             os._exit(1)
-        return self._worker(batch)
+        try:
+            answer = self._worker(batch)
+            self._failed = False
+            return answer
+        except Exception as error:
+            traceback.print_exc()
+            if self._failed:  # twice in turn: this process may be what is broken, as after some errors of CUDA
+                os._exit(1)
+            self._failed = True
+            return {"shard": list(batch["shard"]), _FAILED: [f"{type(error).__name__}: {error}"] * len(batch["shard"])}
 
 
 def answers(
@@ -139,10 +153,16 @@ def _stream(
             max_task_retries=RETRIES,
             **resources,
         )
+    failed = 0
     for answer in results.iter_rows():
         if _REFUSED in answer:
             raise UsageError(answer[_REFUSED])
-        yield answer
+        if _FAILED not in answer:
+            yield answer
+            continue
+        failed += 1
+        if failed > tolerated:
+            raise WorkerFailed(answer[_FAILED])
 
 
 def _lost(error: RayError) -> ActorsLost:
@@ -153,6 +173,5 @@ def _lost(error: RayError) -> ActorsLost:
 
 
 def _cause(error: RayError) -> str:
-    """What Ray says in a sentence: the last line of a traceback, the first of anything else."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if isinstance(error, RayTaskError) else lines[0].partition(". ")[0].rstrip(".")
+    """What Ray, or the worker, says first."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from chaos import (
     Job,
@@ -31,6 +33,7 @@ from pipelines.encode import Encoder
 from pipelines.experiments import EXPERIMENTS
 from pipelines.pool import ActorsLost, answers
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
 SHARDS, ROWS, SEED = 18, 64, 20261125
 KILLS = {"worker": 3, "decoder": 1, "raylet": 2, "driver": 1}
 
