@@ -70,34 +70,45 @@ class LocalStore:
 
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         self.path.mkdir(parents=True, exist_ok=True)
-        staged = self.path / f"{STAGED}{uuid.uuid4().hex}"
+        folder = os.open(self.path, os.O_RDONLY)
         try:
-            self._write_synced(staged, data)
-            if overwrite:
-                staged.replace(self.path / name)
-            else:
-                os.link(staged, self.path / name)
+            with self._staged(data) as staged:
+                self._publish(staged, name, folder, overwrite)
+            os.fsync(folder)
         except FileExistsError:
             return False
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path / name)) from error
         finally:
-            staged.unlink(missing_ok=True)
-        self._sync_folder()
+            os.close(folder)
         return True
 
-    def _write_synced(self, path: Path, data: Buffer) -> None:
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    def _publish(self, staged: str, name: str, folder: int, overwrite: bool) -> None:
+        if not overwrite:
+            os.link(staged, name, dst_dir_fd=folder)  # follows the link in /proc, since a folder is given
+            return
+        free = f"{STAGED}{uuid.uuid4().hex}"
+        os.link(staged, free, dst_dir_fd=folder)
+        os.replace(free, name, src_dir_fd=folder, dst_dir_fd=folder)
 
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY)
+    @contextmanager
+    def _staged(self, data: Buffer) -> Iterator[str]:
+        """The path of a synced file, one without a name wherever possible: a killed writer leaves nothing behind."""
         try:
-            os.fsync(descriptor)
+            descriptor = os.open(self.path, os.O_TMPFILE | os.O_WRONLY, 0o666)
+            staged = f"/proc/self/fd/{descriptor}"
+        except OSError:  # NFS, for one, has only files with names
+            staged = str(self.path / f"{STAGED}{uuid.uuid4().hex}")
+            descriptor = os.open(staged, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                yield staged
         finally:
-            os.close(descriptor)
+            if not staged.startswith("/proc/"):
+                Path(staged).unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)

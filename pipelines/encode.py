@@ -35,6 +35,7 @@ from latentclip.worklist import remaining_shards
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EncodeConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
+from pipelines.pool import answers
 from pipelines.runlog import StageLog
 
 COUNTS = ("planned", "stored", "rejected", "reencoded", "halved")
@@ -167,26 +168,10 @@ def measured(config: EncodeConfig, shards: list[str]) -> LatentSpace:
 
 def encode_shards(config: EncodeConfig, todo: list[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
     """Run the actors over the shards; yields one result a shard, in the order in which they end."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     actors, resources, threads = pool_size(config)
     rows = [{"shard": url, "limit": limit, "record": record} for url, limit, record in todo]
-    # Two shards at once in an actor: while one is read or written, the codec works for the other.
-    strategy = ray.data.ActorPoolStrategy(
-        size=min(actors, len(todo)),
-        max_tasks_in_flight_per_actor=2,
-        max_concurrent_calls_per_actor=2,
-        enable_true_multi_threading=True,
-    )
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        Encoder,
-        fn_constructor_args=(config, threads),
-        batch_size=1,
-        compute=strategy,
-        **resources,
-    )
-    yield from results.iter_rows()
+    for answer in answers(Encoder, (config, threads), rows, actors, resources):
+        yield {**dict.fromkeys(COUNTS, 0), **answer}
 
 
 def run(config: EncodeConfig) -> dict[str, Any]:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,3 +142,23 @@ def test_list_shards_refuses_two_of_one_stem(shards: Path) -> None:
     (shards / "00001.parquet").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"00001\.parquet and .*00001\.tar are two shards of one name"):
         list_shards(shards, SUFFIXES)
+
+
+def test_a_killed_writer_leaves_nothing_behind(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from latentclip.storage import Folder; os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "Folder(sys.argv[1]).create('shard', bytes(10**6))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_has_only_files_with_names_serves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_TMPFILE | os.O_EXCL | os.O_CREAT)  # the kernel refuses it, as NFS would
+    folder = Folder(tmp_path)
+    assert folder.create("shard", b"one")
+    assert not folder.create("shard", b"two")
+    folder.replace("log", b"first")
+    folder.replace("log", b"second")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"shard": b"one", "log": b"second"}
