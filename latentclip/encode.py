@@ -25,6 +25,7 @@ from torch import Tensor
 from latentclip.codec import Codec
 from latentclip.decoders import DecoderPool, Preparation
 from latentclip.errors import require_at_least
+from latentclip.filters import Filters
 from latentclip.guard import Guard, Started
 from latentclip.images import ImageLimits, Mode
 from latentclip.latent_space import Kind, StoredType
@@ -77,6 +78,8 @@ class EncodeSettings:
     """What images are refused before they are decoded."""
     columns: PairColumns = field(default_factory=PairColumns)
     """Where image, caption and key stand in a pair."""
+    filters: Filters = field(default_factory=Filters)
+    """What a pair's metadata must fulfil."""
 
     def __post_init__(self) -> None:
         require_at_least(1, image_size=self.image_size, views=self.views, batch_size=self.batch_size)
@@ -89,7 +92,11 @@ class EncodeSettings:
         """What the dataset file says of the way from pixels to latents."""
         names = ("image_size", "resize", "batch_size", "compile", "limits", "columns")
         values = {name: value for name, value in asdict(self).items() if name in names}
-        return {**values, "recipe": asdict(self.recipe) if self.views > 1 else None}
+        return {**values, "recipe": asdict(self.recipe) if self.views > 1 else None, **self._filters()}
+
+    def _filters(self) -> dict[str, Any]:
+        filters = self.filters.to_json()
+        return {"filters": filters} if filters else {}
 
 
 @dataclass
@@ -108,7 +115,7 @@ class Work:
         """Nothing so far; `tokens_of` is the model whose tokens are stored, if any are."""
         self.dataset, self.tokens_of = dataset, tokens_of
         self.space = dataset.latent_space
-        self.planned = self.reencoded = self.clipped = 0
+        self.reencoded = self.clipped = 0
         self.rejected: dict[str, list[str]] = {}
         self.removed: list[str] = []
         self.keys: list[str] = []
@@ -174,12 +181,14 @@ class ShardEncoder:
         """
         source = PairShard(shard_url, self.settings.columns)
         stones = self._stones = read_tombstones(self.folder, self._stones)
-        shard = self.work(stones.mark(islice(iter(source), limit)))
+        filtered: dict[str, list[str]] = {}
+        shard = self.work(self.settings.filters.sift(stones.mark(islice(iter(source), limit)), filtered))
         outcome = Outcome(
             source.stem,
             Input(source.name, source.size),
-            shard.planned,
+            source.planned,
             shard.rejected,
+            filtered,
             removed_keys=shard.removed,
             truncated=source.truncated,
             reencoded=shard.reencoded,
@@ -226,7 +235,6 @@ class ShardEncoder:
         """Count the items, put aside what is not encoded, and yield the rest in batches."""
         batch: list[_Prepared] = []
         for item in items:
-            shard.planned += 1
             if isinstance(item, Removed):
                 shard.removed.append(item.key)
                 continue

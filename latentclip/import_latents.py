@@ -129,7 +129,6 @@ def import_shard(url: str, folder: Folder, dataset: DatasetFile) -> Record:
     source, work = PairShard(url, COLUMNS), Work(dataset)
     stones = read_tombstones(folder)
     for item in _read(stones.mark(source), dataset.latent_shape):
-        work.planned += 1
         if isinstance(item, Removed):
             work.removed.append(item.key)
         elif isinstance(item, Refusal):
@@ -139,7 +138,7 @@ def import_shard(url: str, folder: Folder, dataset: DatasetFile) -> Record:
     outcome = Outcome(
         source.stem,
         Input(source.name, source.size),
-        work.planned,
+        source.planned,
         work.rejected,
         removed_keys=work.removed,
         truncated=source.truncated,

@@ -14,6 +14,7 @@ from itertools import islice
 from latentclip._rows import join, take
 from latentclip.encode import ShardEncoder, Work
 from latentclip.errors import UsageError
+from latentclip.filters import Filters
 from latentclip.pairs import Pair, PairShard, Refusal, ShardUnreadable
 from latentclip.records import Input, Outcome, Record, finished
 from latentclip.rejects import RETRYABLE, Reason
@@ -71,7 +72,7 @@ def retry(
     old = read_shard(folder.path(record.data), checksum=record.sha256, size=record.bytes, dataset=dataset)
     source = PairShard(shard_url, encoder.settings.columns)
     stones = read_tombstones(folder)
-    sorting = _Sorting(record, old, reasons, stones)
+    sorting = _Sorting(record, old, reasons, stones, encoder.settings.filters)
     work = encoder.work(sorting.to_encode(islice(iter(source), limit)))
     if sorting.strangers or not sorting.complete:
         raise ShardUnreadable(f"{shard_url} is not the {record.input.name} that was encoded; give that one")
@@ -85,7 +86,11 @@ def retry(
 class _Sorting:
     """Puts each item of a pair shard where the record has it, and says which are to be encoded."""
 
-    def __init__(self, record: Record, old: LatentRows, reasons: frozenset[Reason], stones: Tombstones) -> None:
+    def __init__(
+        self, record: Record, old: LatentRows, reasons: frozenset[Reason], stones: Tombstones, filters: Filters
+    ) -> None:
+        self.filters = filters
+        self.filtered = {name: list(keys) for name, keys in record.filtered_keys.items()}
         self.record, self.old, self.reasons, self.stones = record, old, reasons, stones
         self.may_grow = record.truncated and Reason.TRUNCATED in reasons
         self.row = {key: index for index, key in enumerate(old.keys)}
@@ -118,6 +123,8 @@ class _Sorting:
                 self.order.append((item.key, item.reason))
             elif self.stones.cover(item.key, item.metadata):
                 self.removed.append(item.key)
+            elif name := self.filters.dropped_by(item.metadata):
+                self.filtered.setdefault(name, []).append(item.key)
             else:
                 self.order.append((item.key, None))
                 yield item
@@ -125,7 +132,8 @@ class _Sorting:
     @property
     def complete(self) -> bool:
         """Whether all that the record accounts for came."""
-        return self.row.keys() | self.reason.keys() <= {key for key, _ in self.order} | set(self.removed)
+        filtered = {key for keys in self.filtered.values() for key in keys}
+        return self.row.keys() | self.reason.keys() <= {key for key, _ in self.order} | set(self.removed) | filtered
 
     def result(self, work: Work, source: Input, truncated: bool) -> tuple[LatentRows, Outcome]:
         """The rows to store and what became of the others."""
@@ -143,6 +151,7 @@ class _Sorting:
             input=source,
             planned=self.planned,
             rejected_keys=rejected,
+            filtered_keys=self.filtered,
             removed_keys=[*self.record.removed_keys, *self.removed],
             truncated=truncated,
             reencoded=self.record.reencoded + work.reencoded,

@@ -19,6 +19,8 @@ class Report:
     stored: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     filtered: int = 0
+    filtered_by: Counter[str] = field(default_factory=Counter)
+    """Of them, by the filter that dropped them."""
     removed: int = 0
     pending: int = 0
     """Samples of pair shards that have no record yet; 0 where no pairs were read."""
@@ -56,12 +58,15 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON, with the state."""
-        return {**asdict(self), "rejected": dict(sorted(self.rejected.items())), "state": self.state}
+        counted = {name: dict(sorted(getattr(self, name).items())) for name in ("rejected", "filtered_by")}
+        return {**asdict(self), **counted, "state": self.state}
 
     def __str__(self) -> str:
         rows = [("planned", self.planned), ("stored", self.stored), ("rejected", self.rejected.total())]
         rows += [(f"  {reason}", count) for reason, count in sorted(self.rejected.items())]
-        rows += [("filtered", self.filtered), ("removed", self.removed), ("pending", self.pending)]
+        rows += [("filtered", self.filtered)]
+        rows += [(f"  {name}", count) for name, count in sorted(self.filtered_by.items())]
+        rows += [("removed", self.removed), ("pending", self.pending)]
         rows += [("shards", self.shards)] + [("decoded", self.decoded)] * bool(self.decoded)
         rows += [("keys in two shards", self.duplicate_keys)] * bool(self.duplicate_keys)
         lines = [f"{name:<26}{count:>16,}" for name, count in rows]
@@ -80,6 +85,7 @@ class Report:
         self.stored += record.counts.stored
         self.rejected.update(record.rejects)
         self.filtered += record.counts.filtered
+        self.filtered_by.update({name: len(keys) for name, keys in record.filtered_keys.items()})
         self.removed += record.counts.removed
         if record.truncated:
             self.truncated_shards.append(record.shard)
