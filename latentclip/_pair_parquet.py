@@ -12,19 +12,26 @@ from latentclip._pair import Pair, PairColumns, Refusal, ShardUnreadable, check_
 from latentclip.rejects import Reason, Rejected
 
 _BATCH_ROWS = 32
-"""Rows decoded at a time: some megabytes, whatever the row groups' size."""
+"""Rows decoded at a time at most: some megabytes, whatever the row groups' size."""
+_BATCH_BYTES = 256 * 2**20
+"""What the rows decoded at a time may take if all of them are one value of a column's dictionary."""
+_TEXT_LIMIT = 2**20
+"""Bytes of a caption that are read at all."""
+_BOMB_BYTES, _BOMB_RATIO = 64 * 2**20, 100
+"""A column chunk that unpacks to more than so many bytes and so many times its size is no data: images are packed."""
 
 
-def read_parquet(file: BinaryIO, stem: str, columns: PairColumns) -> Iterator[Pair | Refusal]:
+def read_parquet(file: BinaryIO, stem: str, columns: PairColumns, max_image_bytes: int) -> Iterator[Pair | Refusal]:
     """Yield one item a row. Without a key column the key is `{stem}-{row:09d}`.
 
-    Raises ShardUnreadable for what is no Parquet, a corrupt page (page checksums are verified where present), or
-    a table without an image or a caption column.
+    Raises ShardUnreadable for what is no Parquet, a corrupt page (page checksums are verified where present), a
+    column that unpacks to far more than its size, or a table without an image or a caption column.
     """
     try:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        rows = _Rows(parquet.schema_arrow, stem, columns)
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=rows.needed):
+        rows = _Rows(parquet.schema_arrow, stem, columns, max_image_bytes)
+        size = _batch_size(parquet.metadata, rows.needed)
+        for batch in parquet.iter_batches(batch_size=size, columns=rows.needed):
             yield from rows.items(batch)
     except ShardUnreadable:
         raise
@@ -32,11 +39,27 @@ def read_parquet(file: BinaryIO, stem: str, columns: PairColumns) -> Iterator[Pa
         raise ShardUnreadable(f"it is no sound Parquet file ({error})") from None
 
 
+def _batch_size(metadata: pq.FileMetaData, needed: list[str]) -> int:
+    """How many rows to decode at a time; raises ShardUnreadable for a decompression bomb."""
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.partition(".")[0] not in needed:
+                continue
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if unpacked > max(_BOMB_BYTES, _BOMB_RATIO * packed):
+                raise ShardUnreadable(f"its column {chunk.path_in_schema} unpacks from {packed} to {unpacked} bytes")
+            if chunk.has_dictionary_page:  # each row may be its largest value; what is no dictionary is still packed
+                dictionary = chunk.data_page_offset - chunk.dictionary_page_offset
+                largest = max(largest, unpacked - packed + dictionary)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
+
+
 class _Rows:
     """Turns the rows of one schema's batches into items, one after the other."""
 
-    def __init__(self, schema: pa.Schema, stem: str, columns: PairColumns) -> None:
-        self.stem, self.columns = stem, columns
+    def __init__(self, schema: pa.Schema, stem: str, columns: PairColumns, max_image_bytes: int) -> None:
+        self.stem, self.columns, self.max_image_bytes = stem, columns, max_image_bytes
         self.image = _pick(schema, columns.image, _is_image, "an image", "--columns.image")
         self.caption = _pick(schema, columns.caption, _is_text, "a caption", "--columns.caption")
         self.key = columns.key if columns.key in schema.names else None
@@ -65,9 +88,8 @@ class _Rows:
             if key in self.seen:
                 raise Rejected(Reason.DUPLICATE_KEY)
             self.seen.add(key)
-            image = values[self.image].as_py()
-            image = image.get("bytes") if isinstance(image, dict) else image
-            caption = values[self.caption].as_py()
+            image = _bytes(values[self.image], self.max_image_bytes, Reason.IMAGE_TOO_LARGE)
+            caption = _bytes(values[self.caption], _TEXT_LIMIT, Reason.CAPTION_TOO_LONG)
             return make_pair(key, image, caption, self._metadata(values))
         except Rejected as error:
             return refuse(key, error.reason)
@@ -96,6 +118,18 @@ def _key(value: Any, row_key: str) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="surrogateescape")
     return str(value)
+
+
+def _bytes(value: pa.Scalar, limit: int, too_large: Reason) -> bytes | None:
+    """The bytes of a binary value, or of the `bytes` of an image struct; raises Rejected(too_large) above the limit."""
+    if isinstance(value, pa.StructScalar):
+        value = value["bytes"] if value.is_valid else None
+    if value is None or not value.is_valid:
+        return None
+    buffer = value.as_buffer()
+    if buffer.size > limit:
+        raise Rejected(too_large, f"{buffer.size} bytes, at most {limit}")
+    return buffer.to_pybytes()
 
 
 def _as_binary(column: pa.Array) -> pa.Array:

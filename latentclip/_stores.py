@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Literal, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
+from latentclip._deadline import Result, deadline_seconds, persist, within
 from latentclip.errors import UsageError
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"}
 STAGED = ".staging-"
 """What the names of files begin with that are being written, or were left by a killed writer."""
+_LISTING = 10
+"""Deadlines that listing a folder may take: a request for each thousand names, every one with its own time limit."""
 
 Buffer = bytes | memoryview
 """What is published: a shard may lie in a mapped file."""
@@ -63,25 +66,32 @@ class LocalStore:
         return found
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        with self._named(name):
+            return (self.path / name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
         return (self.path / name).open("rb")
 
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
-        self.path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
+        with self._named(name):
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
+            try:
+                with self._staged(data) as staged:
+                    self._publish(staged, name, folder, overwrite)
+                os.fsync(folder)
+            except FileExistsError:
+                return False
+            finally:
+                os.close(folder)
+            return True
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
         try:
-            with self._staged(data) as staged:
-                self._publish(staged, name, folder, overwrite)
-            os.fsync(folder)
-        except FileExistsError:
-            return False
-        except OSError as error:
+            yield
+        except OSError as error:  # a failing read or write names no file, and a link names the staged one
             raise OSError(error.errno, error.strerror, str(self.path / name)) from error
-        finally:
-            os.close(folder)
-        return True
 
     def _publish(self, staged: str, name: str, folder: int, overwrite: bool) -> None:
         if not overwrite:
@@ -117,8 +127,10 @@ class LocalStore:
 class ObjectStore:
     """S3, Google Cloud Storage, Azure or HTTP.
 
-    A request may take obstore's 30 s, and no retry starts after 25 s, so a store that hangs is an error within a
-    minute. `AWS_TIMEOUT=5m` gives slow links longer.
+    An operation on one object ends within `deadline_seconds`. A request may take obstore's 30 s, so that one that
+    hangs is made once more; slow links want `AWS_TIMEOUT=5m` and `LATENTCLIP_STORE_SECONDS=600`. obstore asks again
+    after 5xx and, where that is safe, after lost connections; what it never repeats is creating, which is safe here,
+    since a conflict is read back.
     """
 
     def __init__(self, url: str) -> None:
@@ -126,51 +138,67 @@ class ObjectStore:
         from obstore.store import from_url
 
         self.url = url
+        self.seconds = deadline_seconds()
         try:
+            # The request's timeout cannot be set here: client options replace those of the environment.
             self.store = from_url(url, retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=25)})
         except BaseError as error:
             raise UsageError(f"{url} cannot be opened ({_first_line(error)}); check the URL") from None
 
     def names(self) -> list[str]:
-        with self._named(""):
-            return [entry["path"] for entry in self.store.list_with_delimiter()["objects"]]
+        return list(self.modified())
 
     def exists(self, name: str) -> bool:
-        with self._named(name):
-            try:
-                self.store.head(name)
-            except FileNotFoundError:
-                return False
-            return True
+        try:
+            self._operate(name, lambda: self.store.head(name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def modified(self) -> dict[str, float]:
+        from obstore.exceptions import GenericError
+
+        def listed() -> dict[str, float]:
+            entries = persist(self.seconds / 2, self.store.list_with_delimiter, may_pass=GenericError)["objects"]
+            named = (entry for entry in entries if entry["path"])  # SeaweedFS lists the folder itself, too
+            return {entry["path"]: entry["last_modified"].timestamp() for entry in named}
+
         with self._named(""):
-            entries = self.store.list_with_delimiter()["objects"]
-        return {entry["path"]: entry["last_modified"].timestamp() for entry in entries}
+            return within(_LISTING * self.seconds, self.url, listed)
 
     def read(self, name: str) -> bytes:
-        with self._named(name):
-            return bytes(self.store.get(name).bytes())
+        return self._operate(name, lambda: bytes(self.store.get(name).bytes()))
 
     def open(self, name: str) -> BinaryIO:
         from obstore import open_reader
 
-        with self._named(name):
-            return cast(BinaryIO, open_reader(self.store, name))
+        return cast(BinaryIO, self._operate(name, lambda: open_reader(self.store, name)))
 
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        with self._named(name):
+        mode: Literal["overwrite", "create"] = "overwrite" if overwrite else "create"
+
+        def put() -> bool:
             try:
-                self.store.put(name, data, mode="overwrite" if overwrite else "create", use_multipart=False)
+                self.store.put(name, data, mode=mode, use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return False
             return True
 
+        return self._operate(name, put)
+
     def delete(self, name: str) -> None:
-        with self._named(name), suppress(FileNotFoundError):
-            self.store.delete(name)
+        with suppress(FileNotFoundError):
+            self._operate(name, lambda: self.store.delete(name))
+
+    def _operate(self, name: str, operation: Callable[[], Result]) -> Result:
+        from obstore.exceptions import GenericError
+
+        with self._named(name):
+            return within(
+                self.seconds, f"{self.url}/{name}", lambda: persist(self.seconds, operation, may_pass=GenericError)
+            )
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -190,42 +218,53 @@ class OtherStore:
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
 
+        self.url = url
+        self.seconds = deadline_seconds()
         try:
             self.fs, self.root = url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise UsageError(f"{url} cannot be opened ({_first_line(error)}); check the URL") from None
 
     def names(self) -> list[str]:
-        self.fs.invalidate_cache()
-        try:
+        def names() -> list[str]:
+            self.fs.invalidate_cache()
             entries = self.fs.ls(self.root, detail=True)
+            return [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
+
+        try:
+            return within(_LISTING * self.seconds, self.url, names)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.isfile(f"{self.root}/{name}"))
+        return self._operate(name, lambda path: bool(self.fs.isfile(path)))
 
     def modified(self) -> dict[str, float]:
-        return {name: self.fs.modified(f"{self.root}/{name}").timestamp() for name in self.names()}
+        return {name: self._operate(name, self.fs.modified).timestamp() for name in self.names()}
 
     def read(self, name: str) -> bytes:
-        return bytes(self.fs.cat_file(f"{self.root}/{name}"))
+        return self._operate(name, lambda path: bytes(self.fs.cat_file(path)))
 
     def open(self, name: str) -> BinaryIO:
-        return cast(BinaryIO, self.fs.open(f"{self.root}/{name}", "rb"))
+        return cast(BinaryIO, self._operate(name, lambda path: self.fs.open(path, "rb")))
 
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
-        self.fs.makedirs(self.root, exist_ok=True)
-        try:
-            self.fs.pipe_file(f"{self.root}/{name}", data, mode="overwrite" if overwrite else "create")
-        except FileExistsError:
-            return False
-        return True
+        def write(path: str) -> bool:
+            self.fs.makedirs(self.root, exist_ok=True)
+            try:
+                self.fs.pipe_file(path, data, mode="overwrite" if overwrite else "create")
+            except FileExistsError:
+                return False
+            return True
+
+        return self._operate(name, write)
 
     def delete(self, name: str) -> None:
         if self.exists(name):
-            self.fs.rm_file(f"{self.root}/{name}")
+            self._operate(name, self.fs.rm_file)
+
+    def _operate(self, name: str, operation: Callable[[str], Result]) -> Result:
+        return within(self.seconds, f"{self.url}/{name}", lambda: operation(f"{self.root}/{name}"))
 
 
 def open_store(url: str) -> Store:

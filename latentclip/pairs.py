@@ -32,7 +32,7 @@ class PairShard:
     `url` is a local path, `file://`, or what `latentclip.storage` reads (a remote shard is held in memory while it is
     iterated). Nothing inside a shard is executed, unpickled, extracted or followed. A sample that cannot be read is a
     Refusal and the others go on; iteration raises ShardUnreadable for a shard of which nothing can be read.
-    Members of a tar above `max_image_bytes` are refused unread.
+    Images above `max_image_bytes` are refused unread.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class PairShard:
             self.truncated = index.truncated
             return read_tar(file, index, self.columns, self.max_image_bytes)
         if suffix == ".parquet":
-            return read_parquet(file, self.stem, self.columns)
+            return read_parquet(file, self.stem, self.columns, self.max_image_bytes)
         raise ShardUnreadable(f"its name ends in none of {', '.join(SUFFIXES)}")
 
     def _open(self) -> BinaryIO:

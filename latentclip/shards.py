@@ -54,6 +54,7 @@ def write_shard(
     May be interrupted and repeated anywhere. A shard that has a record is left alone. A data file without a record is
     adopted if it holds these bytes; else its writer died or works elsewhere, and the next generation is published.
     `supersedes` is the record whose shard is published anew: one of a later generation is then what is left alone.
+    An old attempt that publishes after its successor is told of the successor's record.
 
     Raises:
         ConservationError: rows and rejects are not what was planned; nothing is written.
@@ -67,10 +68,10 @@ def write_shard(
         name = data_name(outcome.shard, generation, dataset.container)
         record = _record(name, generation, data, rows, outcome, dataset.latent_space)
         if folder.create(record.data, data):
-            published = record.publish(folder)
+            record.publish(folder)
             if not folder.exists(record.data):  # this writer stood still for so long that it was collected as an orphan
                 folder.create(record.data, data)
-            return record if published else Record.read(folder, record.name)
+            return find_record(folder, outcome.shard, dataset.container, first) or record
     raise AssertionError("unreachable")
 
 
