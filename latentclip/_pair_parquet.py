@@ -8,7 +8,16 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentclip._pair import Pair, PairColumns, Refusal, ShardUnreadable, check_key, make_pair, refuse
+from latentclip._pair import (
+    Pair,
+    PairColumns,
+    Refusal,
+    ShardUnreadable,
+    check_key,
+    first_caption,
+    make_pair,
+    refuse,
+)
 from latentclip.rejects import Reason, Rejected
 
 _BATCH_ROWS = 32
@@ -32,13 +41,22 @@ def read_parquet(file: BinaryIO, stem: str, columns: PairColumns) -> Iterator[Pa
         raise ShardUnreadable(f"it is no sound Parquet file ({error})") from None
 
 
+def count_parquet(file: BinaryIO) -> int:
+    """Rows, from the footer alone; raises ShardUnreadable for what is no Parquet."""
+    try:
+        rows: int = pq.ParquetFile(file).metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardUnreadable(f"it is no sound Parquet file ({error})") from None
+    return rows
+
+
 class _Rows:
     """Turns the rows of one schema's batches into items, one after the other."""
 
     def __init__(self, schema: pa.Schema, stem: str, columns: PairColumns) -> None:
         self.stem, self.columns = stem, columns
         self.image = _pick(schema, columns.image, _is_image, "an image", "--columns.image")
-        self.caption = _pick(schema, columns.caption, _is_text, "a caption", "--columns.caption")
+        self.caption = _pick(schema, columns.caption, _is_caption, "a caption", "--columns.caption")
         self.key = columns.key if columns.key in schema.names else None
         taken = {self.image, self.caption, self.key}
         self.metadata = [field.name for field in schema if field.name not in taken and not _holds_binary(field.type)]
@@ -50,7 +68,7 @@ class _Rows:
         """Yield one item a row of the batch."""
         values = dict(zip(batch.schema.names, batch.columns, strict=True))
         for name in (self.key, self.caption):
-            if name and _is_text(values[name].type):
+            if name:
                 values[name] = _as_binary(values[name])
         for i in range(batch.num_rows):
             yield self._item({name: column[i] for name, column in values.items()})
@@ -67,7 +85,7 @@ class _Rows:
             self.seen.add(key)
             image = values[self.image].as_py()
             image = image.get("bytes") if isinstance(image, dict) else image
-            caption = values[self.caption].as_py()
+            caption = first_caption(values[self.caption].as_py())
             return make_pair(key, image, caption, self._metadata(values))
         except Rejected as error:
             return refuse(key, error.reason)
@@ -75,6 +93,8 @@ class _Rows:
     def _metadata(self, values: dict[str, pa.Scalar]) -> dict[str, Any]:
         try:
             columns = {name: values[name].as_py() for name in self.metadata}
+            if isinstance(captions := values[self.caption].as_py(), list):
+                columns[self.caption] = [None if text is None else text.decode(errors="replace") for text in captions]
             return self.columns.metadata_only(columns, self.caption)
         except (ValueError, OverflowError, pa.ArrowException) as error:  # invalid UTF-8, a date beyond Python's
             raise Rejected(Reason.METADATA_BROKEN, str(error)) from None
@@ -99,7 +119,11 @@ def _key(value: Any, row_key: str) -> str:
 
 
 def _as_binary(column: pa.Array) -> pa.Array:
-    """A text column as bytes, since reading invalid UTF-8 as text would raise."""
+    """A column of text, or of lists of it, as bytes, since reading invalid UTF-8 as text would raise."""
+    if _is_list(column.type) and _is_text(column.type.value_type):
+        return column.cast(pa.large_list(pa.large_binary()))
+    if not _is_text(column.type):
+        return column
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(pa.large_binary())
@@ -118,6 +142,14 @@ def _is_text(kind: pa.DataType) -> bool:
         return _is_text(kind.value_type)
     types = pa.types
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or _is_binary(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_caption(kind: pa.DataType) -> bool:
+    return _is_text(kind.value_type if _is_list(kind) else kind)
 
 
 def _is_image(kind: pa.DataType) -> bool:

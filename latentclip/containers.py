@@ -15,11 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentclip.ragged import Latents, RaggedLatents, from_arrow, row_shapes, to_arrow
 from latentclip.records import DatasetFile
 from latentclip.spool import Spool
 from latentclip.storage import Buffer
 
 ROW_GROUP_BYTES = 16 << 20
+SHAPE = "latent_shape"
+"""Column of channels, height and width in shards of several shapes."""
 _HEADER = b"latentclip"
 _TAR_HEADER = "__latents__"
 """WebDataset's readers pass over members of such names."""
@@ -32,13 +35,18 @@ class LatentRows:
 
     keys: list[str]
     captions: list[str]
-    latents: list[np.ndarray]
+    latents: list[Latents]
     """One (n, c, h, w) array a view, in the latent space's dtype: `latent`, `latent_1`, ..."""
     metadata: dict[str, list[Any]] = field(default_factory=dict)
-    """The source's other columns: None, numbers, strings, or anything JSON holds."""
+    """The source's other columns, and the geometry: None, numbers, strings, or anything JSON holds."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def arrays(self) -> list[np.ndarray]:
+        """The latents of a data set of one shape."""
+        assert not any(isinstance(latents, RaggedLatents) for latents in self.latents)
+        return [latents for latents in self.latents if isinstance(latents, np.ndarray)]
 
 
 def view_names(views: int) -> list[str]:
@@ -53,11 +61,15 @@ def serialise(rows: LatentRows, dataset: DatasetFile) -> memoryview:
     """
     dtype = np.dtype(dataset.latent_space.dtype)
     assert len(rows.latents) == dataset.views
+    shapes = row_shapes(rows.latents[0])
     for latents in rows.latents:
-        assert (latents.dtype, latents.shape) == (dtype, (len(rows), *dataset.latent_shape)), latents.shape
+        assert isinstance(latents, RaggedLatents) == (dataset.latent_shape is None)
+        assert (latents.dtype, row_shapes(latents)) == (dtype, shapes)
+    assert len(shapes) == len(rows)
+    assert dataset.latent_shape is None or set(shapes) <= {dataset.latent_shape}, set(shapes)
     assert {len(rows.captions), *map(len, rows.metadata.values())} == {len(rows)}
     views = dict(zip(view_names(dataset.views), (_little_endian(latents) for latents in rows.latents), strict=True))
-    metadata = dict(_renamed(rows.metadata, taken={"key", "caption", *views}))
+    metadata = dict(_renamed(rows.metadata, taken={"key", "caption", SHAPE, *views}))
     write = _to_tar if dataset.container == "webdataset" else _to_parquet
     file = Spool()
     write(rows, views, metadata, dataset, file)
@@ -90,7 +102,9 @@ def holds_latents(file: BinaryIO, container: str) -> bool:
         return False
 
 
-def _little_endian(latents: np.ndarray) -> np.ndarray:
+def _little_endian(latents: Latents) -> Latents:
+    if isinstance(latents, RaggedLatents):
+        return latents
     return np.ascontiguousarray(latents, dtype=latents.dtype.newbyteorder("<"))
 
 
@@ -105,16 +119,17 @@ def _renamed(metadata: dict[str, list[Any]], taken: set[str]) -> Iterator[tuple[
 
 
 def _to_parquet(
-    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
+    rows: LatentRows, views: dict[str, Latents], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
 ) -> None:
     """Plain and uncompressed, latents as `fixed_size_binary`: ten times faster to read than any list type."""
     fields, arrays = [pa.field("key", pa.string(), nullable=False)], [pa.array(rows.keys, pa.string())]
     layout = {"shape": json.dumps(dataset.latent_shape), "dtype": dataset.latent_space.dtype, "order": "C"}
     for name, latents in views.items():
-        width = latents.dtype.itemsize * int(np.prod(dataset.latent_shape))
-        buffers = [None, pa.py_buffer(latents.reshape(-1))]
-        arrays.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), buffers))
-        fields.append(pa.field(name, pa.binary(width), nullable=False, metadata=layout))
+        arrays.append(to_arrow(latents) if isinstance(latents, RaggedLatents) else _fixed_size(latents))
+        fields.append(pa.field(name, arrays[-1].type, nullable=False, metadata=layout))
+    if dataset.latent_shape is None:
+        arrays.append(pa.array(row_shapes(rows.latents[0]), pa.list_(pa.int32())))
+        fields.append(pa.field(SHAPE, arrays[-1].type, nullable=False))
     for name, values in {"caption": rows.captions, **metadata}.items():
         array, is_json = _column(values)
         arrays.append(array)
@@ -131,16 +146,23 @@ def _to_parquet(
     )
 
 
+def _fixed_size(rows: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Rows (n, ...) as `fixed_size_binary`, without a copy."""
+    width = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows.reshape(-1))])
+
+
 def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRows, dict[str, Any]]:
     file = pq.ParquetFile(source)
     schema = file.schema_arrow
     header = json.loads((schema.metadata or {})[_HEADER])
-    table = file.read([name for name in schema.names if name == "key" or columns is None or name in columns])
+    ours = {"key"} if header["latent_shape"] else {"key", SHAPE}
+    table = file.read([name for name in schema.names if name in ours or columns is None or name in columns])
     rows = LatentRows(table["key"].to_pylist(), [], [])
     views = view_names(header["views"])
-    for name in table.column_names[1:]:
+    for name in (name for name in table.column_names if name not in ours):
         if name in views:
-            rows.latents.append(_latents(table[name], header))
+            rows.latents.append(_latents(table, name, header))
         elif name == "caption":
             rows.captions = table[name].to_pylist()
         else:
@@ -152,7 +174,10 @@ def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRow
     return rows, header
 
 
-def _latents(column: pa.ChunkedArray, header: dict[str, Any]) -> np.ndarray:
+def _latents(table: pa.Table, name: str, header: dict[str, Any]) -> Latents:
+    column = table[name]
+    if not header["latent_shape"]:
+        return from_arrow(column, table[SHAPE].to_pylist(), np.dtype(header["latent_space"]["dtype"]))
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     dtype = np.dtype(header["latent_space"]["dtype"]).newbyteorder("<")
     shape = (len(array), *header["latent_shape"])
@@ -184,7 +209,7 @@ def _plain(value: Any) -> str:
 
 
 def _to_tar(
-    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
+    rows: LatentRows, views: dict[str, Latents], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
 ) -> None:
     """Members `{key}.latent.npy`, `{key}.txt` and `{key}.json`; what a member's name must not hold is `%`-quoted."""
     with tarfile.open(fileobj=file, mode="w") as tar:  # type: ignore[call-overload]
@@ -225,9 +250,12 @@ def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRo
     return rows, header
 
 
-def _stack(members: dict[str, dict[str, bytes]], view: str, header: dict[str, Any]) -> np.ndarray:
-    """The latents (n, c, h, w) of one view."""
+def _stack(members: dict[str, dict[str, bytes]], view: str, header: dict[str, Any]) -> Latents:
+    """The latents of one view."""
     dtype = np.dtype(header["latent_space"]["dtype"]).newbyteorder("<")
+    if not header["latent_shape"]:
+        arrays = (np.load(io.BytesIO(files[f"{view}.npy"]), allow_pickle=False) for files in members.values())
+        return RaggedLatents(arrays, dtype)
     latents = np.empty((len(members), *header["latent_shape"]), dtype)
     for row, files in zip(latents, members.values(), strict=True):
         row[...] = np.load(io.BytesIO(files[f"{view}.npy"]), allow_pickle=False)

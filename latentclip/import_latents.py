@@ -128,7 +128,7 @@ def import_shard(url: str, folder: Folder, dataset: DatasetFile) -> Record:
     """Publish the latent shard of one tar; raises ShardUnreadable for one that cannot be read at all."""
     source, work = PairShard(url, COLUMNS), Work(dataset)
     stones = read_tombstones(folder)
-    for item in _read(stones.mark(source), dataset.latent_shape):
+    for item in _read(stones.mark(source), dataset.one_shape()):
         work.planned += 1
         if isinstance(item, Removed):
             work.removed.append(item.key)

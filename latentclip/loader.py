@@ -120,7 +120,7 @@ class LatentLoader:
         epochs, shards, rows = self.order.locate(self.positions(step)[self.part])
         keys = np.empty(len(rows), object)
         seeds = np.empty(len(rows), np.uint64)
-        latents = np.empty((len(rows), *self.dataset.dataset.latent_shape), np.float32)
+        latents = np.empty((len(rows), *self.dataset.dataset.one_shape()), np.float32)
         text: Tensor | None = None
         for number in np.unique(shards):
             inside = np.flatnonzero(shards == number)
@@ -155,7 +155,7 @@ class LatentLoader:
 
     def _read(self, number: int) -> _Shard:
         rows = self.dataset.read(number, columns=["caption", *view_names(self.views)])
-        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.latents, self.tokenizer(rows.captions))
+        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.arrays(), self.tokenizer(rows.captions))
 
 
 def keys_hash(keys: list[str]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from latentclip.containers import LatentRows, parse, serialise
+from latentclip.ragged import Latents, blocks
 from latentclip.records import (
     SUFFIXES,
     Counts,
@@ -39,9 +40,6 @@ __all__ = [
     "serialise",
     "write_shard",
 ]
-
-_BLOCK = 256
-"""Rows."""
 
 
 def write_shard(
@@ -86,8 +84,8 @@ def find_record(folder: Folder, shard: str, container: str, first: int = 0) -> R
 def _record(data_file: str, generation: int, data: Buffer, rows: LatentRows, outcome: Outcome) -> Record:
     """The record of these rows. Raises ConservationError if they are not what the outcome leaves to be stored."""
     assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
-    blocks = (block for latents in rows.latents for block in _blocks(latents))
-    assert all(np.isfinite(block).all() for block in blocks), f"NaN or Inf in shard {outcome.shard}"
+    parts = (block for latents in rows.latents for block in blocks(latents))
+    assert all(np.isfinite(block).all() for block in parts), f"NaN or Inf in shard {outcome.shard}"
     rejects = {str(reason): len(keys) for reason, keys in outcome.rejected_keys.items()}
     filtered = sum(map(len, outcome.filtered_keys.values()))
     counts = Counts(outcome.planned, len(rows), sum(rejects.values()), filtered, len(outcome.removed_keys))
@@ -111,20 +109,16 @@ def _record(data_file: str, generation: int, data: Buffer, rows: LatentRows, out
     return record
 
 
-def _statistics(latents: np.ndarray) -> dict[str, list[float]]:
+def _statistics(latents: Latents) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of (n, c, h, w) latents."""
     if not len(latents):
         return {"channel_mean": [], "channel_std": []}
-    axes, values = (0, 2, 3), latents.size // latents.shape[1]
-    mean = sum(block.sum(axes, dtype=np.float64) for block in _blocks(latents)) / values
-    centred = (block - mean[:, None, None] for block in _blocks(latents))
+    axes, channels = (0, 2, 3), len(latents[0])
+    values = latents.nbytes // latents.dtype.itemsize // channels
+    mean = sum(block.sum(axes, dtype=np.float64) for block in blocks(latents)) / values
+    centred = (block - mean[:, None, None] for block in blocks(latents))
     deviation = np.sqrt(sum(np.square(block).sum(axes) for block in centred) / values)
     return {"channel_mean": mean.tolist(), "channel_std": deviation.tolist()}
-
-
-def _blocks(latents: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows at a time, so that what is computed of them stays small whatever the shard's size."""
-    return (latents[start : start + _BLOCK] for start in range(0, len(latents), _BLOCK))
 
 
 def read_shard(

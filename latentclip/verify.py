@@ -21,6 +21,7 @@ from tqdm import tqdm
 from latentclip.duplicates import KeyIndex
 from latentclip.errors import UsageError
 from latentclip.order import key_words
+from latentclip.ragged import blocks
 from latentclip.records import (
     DATASET_FILE,
     SUFFIXES,
@@ -247,7 +248,7 @@ def _problem(record: Record, rows: LatentRows) -> str:
         return f"holds {len(rows)} rows, its record says {record.counts.stored}"
     if len(set(rows.keys)) != len(rows) or keys_digest(rows.keys) != record.keys_sha256:
         return "holds other keys than its record says, or one twice"
-    if not all(np.isfinite(latents).all() for latents in rows.latents):
+    if not all(np.isfinite(block).all() for latents in rows.latents for block in blocks(latents)):
         return "holds NaN or Inf"
     return ""
 

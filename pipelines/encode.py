@@ -10,9 +10,11 @@ a job dies is done again by the next run of the same command.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,6 @@ from typing import Any
 
 import ray
 import torch
-from tqdm import tqdm
 
 from latentclip.codec import load_codec
 from latentclip.encode import ShardEncoder, dataset_file
@@ -32,19 +33,28 @@ from latentclip.storage import Folder, list_shards
 from latentclip.worklist import remaining_shards
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EncodeConfig, parse, write_config
+from pipelines.credentials import Sealed
 from pipelines.experiments import EXPERIMENTS
+from pipelines.metrics import EncodeMetrics
+from pipelines.partition import part
+from pipelines.probe import foresee
+from pipelines.progress import Progress
 from pipelines.runlog import StageLog
 
 
 class Encoder:
     """The actor: one codec on one device, shard after shard."""
 
-    def __init__(self, config: EncodeConfig, threads: int) -> None:
+    def __init__(self, config: EncodeConfig, threads: int, credentials: Sealed) -> None:
+        credentials.open()
+        self.metrics = EncodeMetrics()
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         codec = load_codec(config.codec, device=device)
         self.retried = parse_reasons(config.retry) if config.retry else frozenset()
-        self.encoder = ShardEncoder(codec, config.settings, Folder(config.latents), decoders=config.decoders or threads)
+        self.encoder = ShardEncoder(
+            codec, config.settings, Folder(config.latents), config.decoders or threads, self.metrics.waited
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Encode the shards of a batch from Ray Data; one result each."""
@@ -58,14 +68,16 @@ class Encoder:
         One that cannot be read or written is an answer, not an exception: the others go on.
         """
         try:
-            if name:
-                return self.retry(url, limit if limit >= 0 else None, name)
-            record = self.encoder.encode(url, limit if limit >= 0 else None)
+            with self.metrics.shard():
+                if name:
+                    return self.retry(url, limit if limit >= 0 else None, name)
+                record = self.encoder.encode(url, limit if limit >= 0 else None)
         except (UsageError, OSError) as error:
             problem = str(error) if isinstance(error, ShardUnreadable) else f"{url} is not encoded: {error}"
-            return {"shard": url, "planned": 0, "stored": 0, "rejected": 0, "problem": problem}
-        counts = {name: getattr(record.counts, name) for name in ("planned", "stored", "rejected")}
-        return {"shard": url, **counts, "problem": cut_off(url, record)}
+            return {"shard": url, "planned": 0, "stored": 0, "rejects": "{}", "problem": problem}
+        self.metrics.finished(record.counts.stored, record.rejects)
+        counts = {"planned": record.counts.planned, "stored": record.counts.stored}
+        return {"shard": url, **counts, "rejects": json.dumps(record.rejects), "problem": cut_off(url, record)}
 
     def retry(self, url: str, limit: int | None, name: str) -> dict[str, Any]:
         """Encode the rejects of one shard again; counts them alone."""
@@ -73,13 +85,11 @@ class Encoder:
         after = retry(self.encoder, url, before, self.retried, limit)
         planned = retried(before, self.retried) + after.counts.planned - before.counts.planned
         stored = after.counts.stored - before.counts.stored
-        return {
-            "shard": url,
-            "planned": planned,
-            "stored": stored,
-            "rejected": planned - stored,
-            "problem": cut_off(url, after),
-        }
+        untouched = {reason: count for reason, count in before.rejects.items() if reason not in self.retried}
+        rejects = Counter(after.rejects) - Counter(untouched)
+        self.metrics.finished(stored, rejects)
+        counts = {"planned": planned, "stored": stored}
+        return {"shard": url, **counts, "rejects": json.dumps(rejects), "problem": cut_off(url, after)}
 
 
 def cut_off(url: str, record: Record) -> str:
@@ -101,7 +111,10 @@ def share_limit(shards: list[str], limit: int | None, columns: PairColumns) -> I
 
 def remaining(config: EncodeConfig) -> tuple[list[tuple[str, int]], int]:
     """The shards without a record, each with its limit, and how many have one."""
-    shards, todo = remaining_shards(config.pairs, Folder(config.latents))
+    every, unfinished = remaining_shards(config.pairs, Folder(config.latents))
+    shards = part(every, config.shards)
+    chosen = set(shards)
+    todo = [url for url in unfinished if url in chosen]
     planned = dict(share_limit(shards, config.limit, config.settings.columns))
     return [(url, planned[url]) for url in todo if url in planned], len(shards) - len(todo)
 
@@ -111,7 +124,7 @@ def to_retry(config: EncodeConfig) -> list[tuple[str, int, str]]:
     if config.retry is None:
         return []
     records = due(Folder(config.latents), parse_reasons(config.retry))
-    shards = {Path(url).stem: url for url in list_shards(config.pairs, SUFFIXES)}
+    shards = {Path(url).stem: url for url in part(list_shards(config.pairs, SUFFIXES), config.shards)}
     limited = config.limit is not None
     return [
         (shards[stem], record.counts.planned if limited else -1, record.name)
@@ -144,7 +157,7 @@ def encode_shards(config: EncodeConfig, todo: list[tuple[str, int, str]]) -> Ite
     )
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Encoder,
-        fn_constructor_args=(config, threads),
+        fn_constructor_args=(config, threads, Sealed(os.environ)),
         batch_size=1,
         compute=strategy,
         **resources,
@@ -152,11 +165,16 @@ def encode_shards(config: EncodeConfig, todo: list[tuple[str, int, str]]) -> Ite
     yield from results.iter_rows()
 
 
+def everywhere(config: EncodeConfig) -> EncodeConfig:
+    """The configuration with paths that mean the same on any worker."""
+    codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
+    return replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
+
+
 def run(config: EncodeConfig) -> dict[str, Any]:
     """The stage: encode what is not encoded yet; returns its counts and what went wrong."""
     check_output(config.latents)
-    codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
-    config = replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
+    config = everywhere(config)
     unfinished, done = remaining(config)
     again = to_retry(config)
     todo = [*((url, limit, "") for url, limit in unfinished), *again]
@@ -174,15 +192,13 @@ def run(config: EncodeConfig) -> dict[str, Any]:
         if not todo:
             return total
         write_config(folder, "encode.config.json", config)
-        with tqdm(unit="pair", desc="encode", file=sys.stdout, mininterval=1) as progress:
-            for number, result in enumerate(encode_shards(config, todo), 1):
-                for name in ("planned", "stored", "rejected"):
-                    total[name] += result[name]
+        with Progress(len(todo)) as progress:
+            for result in encode_shards(config, todo):
+                progress.finished(result)
                 if result["problem"]:
                     total["problems"].append(result["problem"])
-                log.samples = total["planned"]
-                progress.set_postfix(shards=f"{number}/{len(todo)}", rejected=total["rejected"], refresh=False)
-                progress.update(result["planned"])
+                log.samples = progress.planned
+        total.update(planned=progress.planned, stored=progress.stored, rejected=progress.rejects.total())
     return total
 
 
@@ -190,6 +206,12 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 complete, 1 if a shard could not be read whole, 2 for wrong input."""
     defaults = {name: (value.description, value.encode) for name, value in EXPERIMENTS.items()}
     _, config = parse(defaults, arguments, "encode.py")
+    if config.plan:
+        config = everywhere(config)
+        todo, _ = remaining(config)
+        with cluster(config.ray_address):
+            print(foresee(config, todo, *pool_size(config)))
+        return 0
     start = time.monotonic()
     total = run(config)
     for problem in total["problems"]:
