@@ -56,7 +56,9 @@ class PairColumns:
         left_out = {"key", "caption", self.key, caption}
         kept = {plain_json(name): plain_json(value) for name, value in columns.items() if name not in left_out}
         all_captions = columns.get(caption or "")
-        return {**kept, "captions": plain_json(all_captions)} if isinstance(all_captions, list) else kept
+        if isinstance(all_captions, list):
+            kept["captions" if "captions" not in kept else f"source_{caption}"] = plain_json(all_captions)
+        return kept
 
 
 def make_pair(key: str, image: bytes | None, caption: bytes | str | None, metadata: dict[str, Any]) -> Pair:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -29,10 +30,12 @@ from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, FitSettings
 from latentclip.geometry import Geometry
-from latentclip.images import pixels
+from latentclip.images import ImageLimits, pixels
 from latentclip.loader import LatentLoader
 from latentclip.ragged import RaggedLatents, from_arrow, row_shapes, to_arrow
 from latentclip.records import Record
+from latentclip.rejects import Reason
+from latentclip.retry import retry
 from latentclip.storage import Folder
 from latentclip.verify import verify
 from latentclip.views import PHOTOS
@@ -67,7 +70,7 @@ def test_rows_keep_their_order_and_have_the_latents_of_their_own_bucket(tmp_path
     shard = write_pairs(tmp_path / "pairs", 20)
     one, two = (encode(shard, tmp_path / name, container=container, views=2, recipe=PHOTOS) for name in ("a", "b"))
     assert one == two
-    assert verify(str(tmp_path / "a"), str(shard)).state == "complete"
+    assert verify(str(tmp_path / "a"), str(shard), "deep", "demo").state == "complete"
     dataset = LatentDataset(tmp_path / "a")
     assert dataset.dataset.latent_shape is None
     (rows,) = list(dataset)
@@ -88,6 +91,23 @@ def test_rows_keep_their_order_and_have_the_latents_of_their_own_bucket(tmp_path
         prepared = preparation.prepare("", photo(SIZES[n % len(SIZES)], n))
         expected = codec.encode(pixels(Image.fromarray(prepared.pixels[0]))[None])[0]
         np.testing.assert_allclose(latent.astype(np.float32), expected, atol=0.02)
+
+
+def test_a_retry_puts_the_new_rows_where_the_pairs_have_them(tmp_path: Path) -> None:
+    shard, folder = write_pairs(tmp_path / "pairs", 12), Folder(tmp_path / "latents")
+    encode(shard, tmp_path / "whole")
+    made = EncodeSettings(image_size=64, resize="buckets", bucket_step=16, batch_size=3)
+    strict = ShardEncoder(load_codec("demo"), replace(made, limits=ImageLimits(min_side=40)), folder)
+    strict.dataset.publish(folder)
+    record = strict.encode(str(shard))
+    assert record.rejects == {"image_empty": 1, "image_too_small": 2}
+    lenient = ShardEncoder(load_codec("demo"), made, folder)
+    again = retry(lenient, str(shard), record, frozenset({Reason.IMAGE_TOO_SMALL}))
+    assert (again.counts.stored, again.rejects) == (12, {"image_empty": 1})
+    mended, whole = (next(iter(LatentDataset(tmp_path / name))) for name in ("latents", "whole"))
+    assert (mended.keys, mended.metadata) == (whole.keys, whole.metadata)
+    for one, other in zip(mended.latents[0], whole.latents[0], strict=True):
+        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=0.02)
 
 
 def test_the_order_of_the_pairs_does_not_change_the_latents_of_full_batches(tmp_path: Path) -> None:
