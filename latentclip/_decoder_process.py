@@ -1,8 +1,8 @@
 """One decoder: a process of its own that turns untrusted images into pixels, and may die of them.
 
 `decoders.Decoder` starts it with a socket, a piece of shared memory and a lifeline. It is told once how to prepare
-images, then answers each (key, image) with a reason, or with "" once the pixels lie in the shared memory. It imports no
-torch, so that it starts in a fraction of a second and stays small.
+images, then answers each (key, image) in JSON: with a reason, or, once the pixels lie in the shared memory, with their
+geometry. It imports no torch, so that it starts in a fraction of a second and stays small.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import resource
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from latentclip.images import ImageLimits, Mode, open_image, to_square
+from latentclip.geometry import Geometry, Resize, Size, bucket_sizes, nearest, place
+from latentclip.images import ImageLimits, open_image
 from latentclip.rejects import Reason, Rejected
 from latentclip.views import ViewRecipe, augment
 
@@ -32,27 +34,45 @@ TIME_SIGNAL = signal.SIGPROF
 """What ends a decoder whose image takes longer."""
 
 
+class Prepared(NamedTuple):
+    """An image, ready to be encoded."""
+
+    pixels: np.ndarray
+    """(views, height, width, 3) uint8; the first view is plain."""
+    geometry: Geometry
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What becomes of an image before it is encoded; the fields are those of `encode.EncodeSettings`."""
 
     image_size: int
-    resize: Mode = "crop"
+    resize: Resize = "crop"
     views: int = 1
     recipe: ViewRecipe = field(default_factory=ViewRecipe)
     limits: ImageLimits = field(default_factory=ImageLimits)
+    bucket_step: int = 64
+    bucket_aspect: float = 2.0
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """Width and height of what an image may become."""
+        if self.resize == "buckets":
+            return bucket_sizes(self.image_size, self.bucket_step, self.bucket_aspect)
+        return ((self.image_size, self.image_size),)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of the pixels: views, rows, columns, colours."""
-        return self.views, self.image_size, self.image_size, 3
+    def largest(self) -> int:
+        """Bytes of the pixels of one image, at most."""
+        return self.views * max(width * height for width, height in self.sizes) * 3
 
-    def pixels(self, key: str, data: bytes) -> np.ndarray:
-        """All views of an encoded image, (views, size, size, 3) uint8; the first is plain. Raises Rejected."""
+    def prepare(self, key: str, data: bytes) -> Prepared:
+        """All views of an encoded image. Raises Rejected."""
         image = open_image(data, self.limits)
-        plain = to_square(image, self.image_size, self.resize)
-        others = (augment(image, key, view, self.image_size, self.recipe) for view in range(1, self.views))
-        return np.stack([np.asarray(view) for view in (plain, *others)])
+        size = nearest(image.size, self.sizes)
+        plain, geometry = place(image, size, self.resize)
+        others = (augment(image, key, view, size, self.recipe) for view in range(1, self.views))
+        return Prepared(np.stack([np.asarray(view) for view in (plain, *others)]), geometry)
 
     def to_json(self) -> bytes:
         """As `from_json` reads it."""
@@ -72,7 +92,7 @@ def main() -> None:
     _end_with(lifeline)
     connection = Connection(socket)
     preparation = Preparation.from_json(connection.recv_bytes())
-    pixels = np.frombuffer(mmap.mmap(memory, int(np.prod(preparation.shape))), np.uint8).reshape(preparation.shape)
+    pixels = np.frombuffer(mmap.mmap(memory, preparation.largest), np.uint8)
     os.close(memory)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -91,12 +111,13 @@ def main() -> None:
 
 def _answer(preparation: Preparation, key: str, data: bytes, pixels: np.ndarray) -> bytes:
     try:
-        pixels[:] = preparation.pixels(key, data)
+        prepared = preparation.prepare(key, data)
     except Rejected as reject:
-        return reject.reason.encode()
+        return json.dumps(reject.reason).encode()
     except MemoryError:
-        return Reason.IMAGE_TOO_LARGE.encode()
-    return b""
+        return json.dumps(Reason.IMAGE_TOO_LARGE).encode()
+    pixels[: prepared.pixels.size] = prepared.pixels.reshape(-1)
+    return json.dumps(prepared.geometry).encode()
 
 
 def _end_with(lifeline: int) -> None:

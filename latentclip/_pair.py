@@ -47,13 +47,18 @@ class PairColumns:
 
     image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "avif", "gif", "image", "image_bytes")
     caption: tuple[str, ...] = ("txt", "caption", "text")
-    """Also looked up in a tar sample's JSON, if it has no member of these extensions."""
+    """Also looked up in a tar sample's JSON, if it has no member of these extensions. Of a list of captions, in JSON or
+    in a Parquet column, the first that is not blank is taken, and all are kept as the column `captions`."""
     key: str = "key"
 
     def metadata_only(self, columns: dict[str, Any], caption: str | None) -> dict[str, Any]:
         """Return `columns` as plain JSON values, without the key and the caption (of the column named `caption`)."""
         left_out = {"key", "caption", self.key, caption}
-        return {plain_json(name): plain_json(value) for name, value in columns.items() if name not in left_out}
+        kept = {plain_json(name): plain_json(value) for name, value in columns.items() if name not in left_out}
+        all_captions = columns.get(caption or "")
+        if isinstance(all_captions, list):
+            kept["captions" if "captions" not in kept else f"source_{caption}"] = plain_json(all_captions)
+        return kept
 
 
 def make_pair(key: str, image: bytes | None, caption: bytes | str | None, metadata: dict[str, Any]) -> Pair:
@@ -61,6 +66,13 @@ def make_pair(key: str, image: bytes | None, caption: bytes | str | None, metada
     if image is None:
         raise Rejected(Reason.IMAGE_MISSING)
     return Pair(key, image, normalise_caption(caption), metadata)
+
+
+def first_caption(value: Any) -> Any:
+    """Of a list of captions the first that is not blank, None if there is none; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return next((caption for caption in value if isinstance(caption, str | bytes) and caption.strip()), None)
 
 
 def check_key(key: str) -> None:

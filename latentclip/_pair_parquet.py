@@ -8,7 +8,16 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentclip._pair import Pair, PairColumns, Refusal, ShardUnreadable, check_key, make_pair, refuse
+from latentclip._pair import (
+    Pair,
+    PairColumns,
+    Refusal,
+    ShardUnreadable,
+    check_key,
+    first_caption,
+    make_pair,
+    refuse,
+)
 from latentclip.rejects import Reason, Rejected
 
 _BATCH_ROWS = 32
@@ -55,13 +64,22 @@ def _batch_size(metadata: pq.FileMetaData, needed: list[str]) -> int:
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
 
 
+def count_parquet(file: BinaryIO) -> int:
+    """Rows, from the footer alone; raises ShardUnreadable for what is no Parquet."""
+    try:
+        rows: int = pq.ParquetFile(file).metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardUnreadable(f"it is no sound Parquet file ({error})") from None
+    return rows
+
+
 class _Rows:
     """Turns the rows of one schema's batches into items, one after the other."""
 
     def __init__(self, schema: pa.Schema, stem: str, columns: PairColumns, max_image_bytes: int) -> None:
         self.stem, self.columns, self.max_image_bytes = stem, columns, max_image_bytes
         self.image = _pick(schema, columns.image, _is_image, "an image", "--columns.image")
-        self.caption = _pick(schema, columns.caption, _is_text, "a caption", "--columns.caption")
+        self.caption = _pick(schema, columns.caption, _is_caption, "a caption", "--columns.caption")
         self.key = columns.key if columns.key in schema.names else None
         taken = {self.image, self.caption, self.key}
         self.metadata = [field.name for field in schema if field.name not in taken and not _holds_binary(field.type)]
@@ -73,7 +91,7 @@ class _Rows:
         """Yield one item a row of the batch."""
         values = dict(zip(batch.schema.names, batch.columns, strict=True))
         for name in (self.key, self.caption):
-            if name and _is_text(values[name].type):
+            if name:
                 values[name] = _as_binary(values[name])
         for i in range(batch.num_rows):
             yield self._item({name: column[i] for name, column in values.items()})
@@ -89,7 +107,7 @@ class _Rows:
                 raise Rejected(Reason.DUPLICATE_KEY)
             self.seen.add(key)
             image = _bytes(values[self.image], self.max_image_bytes, Reason.IMAGE_TOO_LARGE)
-            caption = _bytes(values[self.caption], _TEXT_LIMIT, Reason.CAPTION_TOO_LONG)
+            caption = _caption(values[self.caption])
             return make_pair(key, image, caption, self._metadata(values))
         except Rejected as error:
             return refuse(key, error.reason)
@@ -97,6 +115,8 @@ class _Rows:
     def _metadata(self, values: dict[str, pa.Scalar]) -> dict[str, Any]:
         try:
             columns = {name: values[name].as_py() for name in self.metadata}
+            if isinstance(captions := values[self.caption].as_py(), list):
+                columns[self.caption] = [None if text is None else text.decode(errors="replace") for text in captions]
             return self.columns.metadata_only(columns, self.caption)
         except (ValueError, OverflowError, pa.ArrowException) as error:  # invalid UTF-8, a date beyond Python's
             raise Rejected(Reason.METADATA_BROKEN, str(error)) from None
@@ -120,6 +140,15 @@ def _key(value: Any, row_key: str) -> str:
     return str(value)
 
 
+def _caption(value: pa.Scalar) -> bytes | None:
+    """A caption; of a list, the first that is not blank. Raises Rejected for one that is too long."""
+    if not isinstance(value, pa.ListScalar):
+        return _bytes(value, _TEXT_LIMIT, Reason.CAPTION_TOO_LONG)
+    captions = value.values if value.is_valid else ()
+    first: bytes | None = first_caption([_bytes(caption, _TEXT_LIMIT, Reason.CAPTION_TOO_LONG) for caption in captions])
+    return first
+
+
 def _bytes(value: pa.Scalar, limit: int, too_large: Reason) -> bytes | None:
     """The bytes of a binary value, or of the `bytes` of an image struct; raises Rejected(too_large) above the limit."""
     if isinstance(value, pa.StructScalar):
@@ -133,7 +162,11 @@ def _bytes(value: pa.Scalar, limit: int, too_large: Reason) -> bytes | None:
 
 
 def _as_binary(column: pa.Array) -> pa.Array:
-    """A text column as bytes, since reading invalid UTF-8 as text would raise."""
+    """A column of text, or of lists of it, as bytes, since reading invalid UTF-8 as text would raise."""
+    if _is_list(column.type) and _is_text(column.type.value_type):
+        return column.cast(pa.large_list(pa.large_binary()))
+    if not _is_text(column.type):
+        return column
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(pa.large_binary())
@@ -152,6 +185,14 @@ def _is_text(kind: pa.DataType) -> bool:
         return _is_text(kind.value_type)
     types = pa.types
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or _is_binary(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_caption(kind: pa.DataType) -> bool:
+    return _is_text(kind.value_type if _is_list(kind) else kind)
 
 
 def _is_image(kind: pa.DataType) -> bool:

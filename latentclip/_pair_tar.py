@@ -14,6 +14,7 @@ from latentclip._pair import (
     Refusal,
     ShardUnreadable,
     check_key,
+    first_caption,
     make_pair,
     parse_json,
     refuse,
@@ -132,8 +133,8 @@ def _read_pair(
     values = parse_json(text) if text is not None else {}
     source = None
     if caption is None:
-        source = next((name for name in columns.caption if isinstance(values.get(name), str)), None)
-        caption = values[source] if source else None
+        source = next((name for name in columns.caption if isinstance(values.get(name), str | list)), None)
+        caption = first_caption(values[source]) if source else None
     return make_pair(key, image, caption, columns.metadata_only(values, source))
 
 

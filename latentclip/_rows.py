@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentclip.containers import LatentRows
+from latentclip.ragged import concatenate
 
 
 def take(rows: LatentRows, chosen: Sequence[int]) -> LatentRows:
@@ -26,7 +27,7 @@ def join(first: LatentRows, second: LatentRows) -> LatentRows:
     return LatentRows(
         keys=[*first.keys, *second.keys],
         captions=[*first.captions, *second.captions],
-        latents=[np.concatenate(views) for views in zip(first.latents, second.latents, strict=True)],
+        latents=[concatenate(*views) for views in zip(first.latents, second.latents, strict=True)],
         metadata={
             name: [
                 value

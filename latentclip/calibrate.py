@@ -33,7 +33,7 @@ def measure(encoder: ShardEncoder, shards: Sequence[str]) -> LatentSpace:
 
     Raises UsageError if none of them can be encoded.
     """
-    ranges = Ranges(encoder.dataset.latent_shape[0])
+    ranges = Ranges(encoder.dataset.latent_space.stored_channels)
     for url in shards[:: -(-len(shards) // SHARDS)] if shards else ():
         with suppress(ShardUnreadable):  # named when it is encoded
             for latents in encoder.latents(url, PAIRS):

@@ -17,12 +17,15 @@ import pyarrow.parquet as pq
 
 from latentclip.latent_space import LatentSpace
 from latentclip.quantise import stored_dtype
+from latentclip.ragged import Latents, RaggedLatents, from_arrow, row_shapes, to_arrow
 from latentclip.records import DatasetFile
 from latentclip.spool import Spool
 from latentclip.storage import Buffer
 from latentclip.tokens import TokenFormat
 
 ROW_GROUP_BYTES = 16 << 20
+SHAPE = "latent_shape"
+"""Column of channels, height and width in shards of several shapes."""
 _HEADER = b"latentclip"
 _TAR_HEADER = "__latents__"
 """WebDataset's readers pass over members of such names."""
@@ -35,15 +38,20 @@ class LatentRows:
 
     keys: list[str]
     captions: list[str]
-    latents: list[np.ndarray]
+    latents: list[Latents]
     """One (n, c, h, w) array a view, as stored (`quantise.to_float` reads it): `latent`, `latent_1`, ..."""
     metadata: dict[str, list[Any]] = field(default_factory=dict)
-    """The source's other columns: None, numbers, strings, or anything JSON holds."""
+    """The source's other columns, and the geometry: None, numbers, strings, or anything JSON holds."""
     tokens: np.ndarray | None = None
     """(n, context) of the captions, in the token format's type, if they are stored."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def arrays(self) -> list[np.ndarray]:
+        """The latents of a data set of one shape."""
+        assert not any(isinstance(latents, RaggedLatents) for latents in self.latents)
+        return [latents for latents in self.latents if isinstance(latents, np.ndarray)]
 
 
 def view_names(views: int) -> list[str]:
@@ -58,15 +66,19 @@ def serialise(rows: LatentRows, dataset: DatasetFile) -> memoryview:
     """
     dtype = stored_dtype(dataset.latent_space)
     assert len(rows.latents) == dataset.views
+    shapes = row_shapes(rows.latents[0])
     for latents in rows.latents:
-        assert (latents.dtype, latents.shape) == (dtype, (len(rows), *dataset.latent_shape)), latents.shape
+        assert isinstance(latents, RaggedLatents) == (dataset.latent_shape is None)
+        assert (latents.dtype, row_shapes(latents)) == (dtype, shapes)
+    assert len(shapes) == len(rows)
+    assert dataset.latent_shape is None or set(shapes) <= {dataset.latent_shape}, set(shapes)
     assert {len(rows.captions), *map(len, rows.metadata.values())} == {len(rows)}
     if dataset.tokens:
         assert rows.tokens is not None
         expected = (dataset.tokens.stored_dtype, (len(rows), dataset.tokens.context))
         assert (rows.tokens.dtype, rows.tokens.shape) == expected, rows.tokens.shape
     views = dict(zip(view_names(dataset.views), (_little_endian(latents) for latents in rows.latents), strict=True))
-    metadata = dict(_renamed(rows.metadata, taken={"key", "caption", "tokens", *views}))
+    metadata = dict(_renamed(rows.metadata, taken={"key", "caption", "tokens", SHAPE, *views}))
     write = _to_tar if dataset.container == "webdataset" else _to_parquet
     file = Spool()
     write(rows, views, metadata, dataset, file)
@@ -99,7 +111,9 @@ def holds_latents(file: BinaryIO, container: str) -> bool:
         return False
 
 
-def _little_endian(latents: np.ndarray) -> np.ndarray:
+def _little_endian(latents: Latents) -> Latents:
+    if isinstance(latents, RaggedLatents):
+        return latents
     return np.ascontiguousarray(latents, dtype=latents.dtype.newbyteorder("<"))
 
 
@@ -114,7 +128,7 @@ def _renamed(metadata: dict[str, list[Any]], taken: set[str]) -> Iterator[tuple[
 
 
 def _to_parquet(
-    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
+    rows: LatentRows, views: dict[str, Latents], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
 ) -> None:
     """Plain and uncompressed, latents as `fixed_size_binary`: ten times faster to read than any list type."""
     fields, arrays = [pa.field("key", pa.string(), nullable=False)], [pa.array(rows.keys, pa.string())]
@@ -122,8 +136,11 @@ def _to_parquet(
     for name in ("int8_scale", "int8_offset") if dataset.latent_space.int8_scale else ():
         layout[name] = json.dumps(getattr(dataset.latent_space, name))
     for name, latents in views.items():
-        arrays.append(_fixed_size(latents))
+        arrays.append(to_arrow(latents) if isinstance(latents, RaggedLatents) else _fixed_size(latents))
         fields.append(pa.field(name, arrays[-1].type, nullable=False, metadata=layout))
+    if dataset.latent_shape is None:
+        arrays.append(pa.array(row_shapes(rows.latents[0]), pa.list_(pa.int32())))
+        fields.append(pa.field(SHAPE, arrays[-1].type, nullable=False))
     if dataset.tokens and rows.tokens is not None:
         made = {name: str(value) for name, value in asdict(dataset.tokens).items()}
         arrays.append(_fixed_size(rows.tokens))
@@ -154,12 +171,13 @@ def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRow
     file = pq.ParquetFile(source)
     schema = file.schema_arrow
     header = json.loads((schema.metadata or {})[_HEADER])
-    table = file.read([name for name in schema.names if name == "key" or columns is None or name in columns])
+    ours = {"key"} if header["latent_shape"] else {"key", SHAPE}
+    table = file.read([name for name in schema.names if name in ours or columns is None or name in columns])
     rows = LatentRows(table["key"].to_pylist(), [], [])
     views = view_names(header["views"])
-    for name in table.column_names[1:]:
+    for name in (name for name in table.column_names if name not in ours):
         if name in views:
-            rows.latents.append(_array(table[name], _latent_dtype(header), header["latent_shape"]))
+            rows.latents.append(_latents(table, name, header))
         elif name == "tokens" and header.get("tokens"):
             made = TokenFormat(**header["tokens"])
             rows.tokens = _array(table[name], made.stored_dtype, [made.context])
@@ -176,6 +194,12 @@ def _from_parquet(source: Any, columns: Sequence[str] | None) -> tuple[LatentRow
 
 def _latent_dtype(header: dict[str, Any]) -> np.dtype:
     return stored_dtype(LatentSpace.from_json(header["latent_space"]))
+
+
+def _latents(table: pa.Table, name: str, header: dict[str, Any]) -> Latents:
+    if not header["latent_shape"]:
+        return from_arrow(table[name], table[SHAPE].to_pylist(), _latent_dtype(header))
+    return _array(table[name], _latent_dtype(header), header["latent_shape"])
 
 
 def _array(column: pa.ChunkedArray, dtype: np.dtype, row: Sequence[int]) -> np.ndarray:
@@ -210,7 +234,7 @@ def _plain(value: Any) -> str:
 
 
 def _to_tar(
-    rows: LatentRows, views: dict[str, np.ndarray], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
+    rows: LatentRows, views: dict[str, Latents], metadata: dict[str, list[Any]], dataset: DatasetFile, file: Spool
 ) -> None:
     """Members `{key}.latent.npy`, `{key}.txt` and `{key}.json`; what a member's name must not hold is `%`-quoted."""
     with tarfile.open(fileobj=file, mode="w") as tar:  # type: ignore[call-overload]
@@ -248,7 +272,7 @@ def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRo
     header = json.loads(members.pop(_TAR_HEADER)[""])
     wanted = [name for name in view_names(header["views"]) if columns is None or name in columns]
     rows = LatentRows([unquote(key) for key in members], [], [])
-    rows.latents = [_stack(members, name, _latent_dtype(header), header["latent_shape"]) for name in wanted]
+    rows.latents = [_view(members, name, header) for name in wanted]
     if header.get("tokens") and (columns is None or "tokens" in columns):
         made = TokenFormat(**header["tokens"])
         rows.tokens = _stack(members, "tokens", made.stored_dtype, [made.context])
@@ -261,9 +285,19 @@ def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRo
     return rows, header
 
 
+def _view(members: dict[str, dict[str, bytes]], name: str, header: dict[str, Any]) -> Latents:
+    """The latents of one view."""
+    dtype, shape = _latent_dtype(header), header["latent_shape"]
+    return _stack(members, name, dtype, shape) if shape else RaggedLatents(_arrays(members, name), dtype)
+
+
 def _stack(members: dict[str, dict[str, bytes]], name: str, dtype: np.dtype, row: Sequence[int]) -> np.ndarray:
     """The arrays of one extension as one (n, *row)."""
-    arrays = np.empty((len(members), *row), dtype)
-    for place, files in zip(arrays, members.values(), strict=True):
-        place[...] = np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False)
-    return arrays
+    stacked = np.empty((len(members), *row), dtype)
+    for place, array in zip(stacked, _arrays(members, name), strict=True):
+        place[...] = array
+    return stacked
+
+
+def _arrays(members: dict[str, dict[str, bytes]], name: str) -> Iterator[np.ndarray]:
+    return (np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False) for files in members.values())

@@ -1,7 +1,7 @@
 """Decoder processes: untrusted images become pixels where a hostile one can kill nothing but its own decoder.
 
     with DecoderPool(Preparation(image_size=512), size=4) as decoders:
-        pixels = decoders.pixels("key", image_bytes)
+        pixels, geometry = decoders.prepare("key", image_bytes)
 
 Threads may share a pool; each call has one process to itself. The processes end with the process that made the pool,
 however it ends, and leave neither files nor shared-memory segments behind.
@@ -9,6 +9,8 @@ however it ends, and leave neither files nor shared-memory segments behind.
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
 import os
 import queue
@@ -18,22 +20,24 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
-from latentclip._decoder_process import MEMORY_LIMIT, TIME_SIGNAL, Preparation
+from latentclip._decoder_process import MEMORY_LIMIT, TIME_SIGNAL, Preparation, Prepared
+from latentclip.geometry import Geometry
 from latentclip.rejects import Reason, Rejected
 
-__all__ = ["ATTEMPTS", "MEMORY_LIMIT", "DecoderPool", "Preparation"]
+__all__ = ["ATTEMPTS", "MEMORY_LIMIT", "DecoderPool", "Preparation", "Prepared"]
 
 ATTEMPTS = 3
 """Decoders that one image may cost before it is refused: a lost one may be the machine's fault, three are its own."""
 SILENCE_SECONDS = 120
 """Time on the clock after which a decoder that does not answer counts as lost."""
-_PROGRAM = "from latentclip._decoder_process import main; main()"
+_WITHHELD = ("MALLOC_", "AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "HF_")
+"""Beginnings of environment variables that decoders do not get."""
 
 
 class DecoderDied(Exception):  # noqa: N818 - what happened to it
@@ -57,9 +61,9 @@ class Decoder:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SILENCE_SECONDS, 0))
         held, self._lifeline = os.pipe()
         memory = os.memfd_create("latentclip-decoder")
-        size = int(np.prod(preparation.shape))
-        os.ftruncate(memory, size)
-        self._pixels = np.frombuffer(mmap.mmap(memory, size), np.uint8).reshape(preparation.shape)
+        os.ftruncate(memory, preparation.largest)
+        self._pixels = np.frombuffer(mmap.mmap(memory, preparation.largest), np.uint8)
+        self._views = preparation.views
         descriptors = (theirs.fileno(), memory, held)
         try:
             self._process = subprocess.Popen(
@@ -77,7 +81,8 @@ class Decoder:
             for descriptor in (theirs.detach(), memory, held):
                 os.close(descriptor)
         self._connection = Connection(ours.detach())
-        self._connection.send_bytes(preparation.to_json())
+        with suppress(OSError):  # one that has ended already is found so when it is needed
+            self._connection.send_bytes(preparation.to_json())
         self._ready = False
 
     @property
@@ -99,17 +104,19 @@ class Decoder:
                 return False
         return self._ready
 
-    def pixels(self, key: str, data: bytes) -> np.ndarray:
-        """A copy of the pixels of one image. Raises Rejected for a refused image and DecoderDied for a lost decoder."""
+    def prepare(self, key: str, data: bytes) -> Prepared:
+        """One image, its pixels copied. Raises Rejected for a refused image and DecoderDied for a lost decoder."""
         try:
             self._connection.send_bytes(key.encode())
             self._connection.send_bytes(data)
-            reason = self._answer()
+            answer = json.loads(self._answer())
         except (OSError, EOFError):
             raise DecoderDied(too_slow=self._ended() == -TIME_SIGNAL) from None
-        if reason:
-            raise Rejected(Reason(reason.decode()))
-        return self._pixels.copy()
+        if isinstance(answer, str):
+            raise Rejected(Reason(answer))
+        geometry = Geometry(*answer)
+        shape = (self._views, geometry.crop_height, geometry.crop_width, 3)
+        return Prepared(self._pixels[: math.prod(shape)].reshape(shape).copy(), geometry)
 
     def _answer(self) -> bytes:
         if not self._connection.poll(SILENCE_SECONDS):
@@ -156,8 +163,8 @@ class DecoderPool:
         """Process ids of the decoders."""
         return sorted(decoder.pid for decoder in tuple(self._all))
 
-    def pixels(self, key: str, data: bytes) -> np.ndarray:
-        """All views of an encoded image, (views, size, size, 3) uint8.
+    def prepare(self, key: str, data: bytes) -> Prepared:
+        """All views of an encoded image, and where they lie in it.
 
         Raises Rejected: what `images.open_image` refuses, IMAGE_TOO_SLOW above a decoder's processor time, and
         DECODER_DIED if the image took `ATTEMPTS` decoders with it. Raises DecodersUnavailable if none starts.
@@ -165,7 +172,7 @@ class DecoderPool:
         for _ in range(ATTEMPTS):
             with self._borrowed() as decoder:
                 try:
-                    return decoder.pixels(key, data)
+                    return decoder.prepare(key, data)
                 except DecoderDied as death:
                     if death.too_slow:
                         raise Rejected(Reason.IMAGE_TOO_SLOW) from None
@@ -204,7 +211,8 @@ def _close_all(decoders: set[Decoder]) -> None:
 
 def _environment() -> dict[str, str]:
     """This process's environment, fit for a small process of one thread that imports this very package."""
-    # What makes an encoder keep freed memory would let every decoder grow to its largest image for good.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    # What makes an encoder keep freed memory would let every decoder grow to its largest image for good; and what reads
+    # hostile images has no business with credentials.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_WITHHELD)}
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -126,7 +126,7 @@ class Fit:
         self.place = place or Place()
         self.stop, self.report = stop, report
         self.step, self.elapsed = 0, 0.0
-        self.grid = dataset.dataset.latent_shape[-1]
+        self.grid = dataset.dataset.grid
         self.pending: list[dict[str, Any]] = []
         self._build()
 

@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from latentclip.encode import Container, Work
 from latentclip.errors import UsageError
 from latentclip.latent_space import Kind, LatentSpace
 from latentclip.pairs import Pair, PairColumns, PairShard, Refusal, ShardUnreadable
 from latentclip.records import DatasetFile, Input, Outcome, Record, finished
 from latentclip.rejects import Reason, Rejected
 from latentclip.removal import honour_late_tombstones
+from latentclip.settings import Container
 from latentclip.shards import write_shard
 from latentclip.storage import Folder, list_shards, read_bytes
 from latentclip.tombstones import Removed, read_tombstones
+from latentclip.work import Work
 
 COLUMNS = PairColumns(image=("latent.pt",))
 """A latent stands where a pair has its image."""
@@ -81,7 +82,7 @@ def imported_dataset(space: LatentSpace, image_size: int, container: Container =
     grid = space.grid(image_size)
     return DatasetFile(
         latent_space=replace(space, dtype="float16", int8_scale=(), int8_offset=()),
-        latent_shape=(space.channels * (2 if space.kind == "moments" else 1), grid, grid),
+        latent_shape=(space.stored_channels, grid, grid),
         preprocessing={"image_size": image_size, "imported": "latent.pt", "columns": asdict(COLUMNS)},
         container=container,
         software={name: version(name) for name in ("latentclip", "torch", "numpy")},
@@ -128,7 +129,7 @@ def import_shard(url: str, folder: Folder, dataset: DatasetFile) -> Record:
     """Publish the latent shard of one tar; raises ShardUnreadable for one that cannot be read at all."""
     source, work = PairShard(url, COLUMNS), Work(dataset)
     stones = read_tombstones(folder)
-    for item in _read(stones.mark(source), dataset.latent_shape):
+    for item in _read(stones.mark(source), dataset.one_shape()):
         if isinstance(item, Removed):
             work.removed.append(item.key)
         elif isinstance(item, Refusal):

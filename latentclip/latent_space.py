@@ -63,6 +63,11 @@ class LatentSpace:
         scale = f"scaled by {self.scaling_factor:g}" if self.scaled else "unscaled"
         return f"{self.name} ({self.channels} channels, factor {self.factor}, {scale}, encoder {self.encoder_hash})"
 
+    @property
+    def stored_channels(self) -> int:
+        """Channels of what is stored: twice those of a latent for moments."""
+        return self.channels * (2 if self.kind == "moments" else 1)
+
     def grid(self, image_size: int) -> int:
         """Latent cells along one side of an image of `image_size` pixels."""
         if image_size % self.factor:

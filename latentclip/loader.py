@@ -124,7 +124,7 @@ class LatentLoader:
         epochs, shards, rows = self.order.locate(self.positions(step)[self.part])
         keys = np.empty(len(rows), object)
         seeds = np.empty(len(rows), np.uint64)
-        latents = np.empty((len(rows), *self.dataset.dataset.latent_shape), np.float32)
+        latents = np.empty((len(rows), *self.dataset.dataset.one_shape()), np.float32)
         text: Tensor | None = None
         for number in np.unique(shards):
             inside = np.flatnonzero(shards == number)
@@ -163,7 +163,7 @@ class LatentLoader:
         tokens = (
             self.tokenizer(rows.captions) if rows.tokens is None else torch.from_numpy(rows.tokens.astype(np.int64))
         )
-        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.latents, tokens)
+        return _Shard(np.array(rows.keys, object), key_words(rows.keys), rows.arrays(), tokens)
 
 
 def keys_hash(keys: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The images that latents were made of, as they were encoded: cropped or padded to their square."""
+"""The images that latents were made of, as they were encoded: cropped or padded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from latentclip.images import open_image, to_square
+from latentclip.geometry import nearest, place, sizes_of
+from latentclip.images import open_image
 from latentclip.pairs import Pair, PairColumns, PairShard
 
 
@@ -21,11 +22,12 @@ def columns_of(preprocessing: dict[str, Any]) -> PairColumns:
 
 
 def originals(source: str, keys: Collection[str], preprocessing: dict[str, Any]) -> Iterator[tuple[str, Image]]:
-    """Key and square image of those `keys` that a pair shard holds; raises ShardUnreadable."""
-    missing = set(keys)
+    """Key and image, as it was encoded, of those `keys` that a pair shard holds; raises ShardUnreadable."""
+    missing, sizes = set(keys), sizes_of(preprocessing)
     for item in PairShard(source, columns_of(preprocessing)):
         if isinstance(item, Pair) and item.key in missing:
             missing.remove(item.key)
-            yield item.key, to_square(open_image(item.image), preprocessing["image_size"], preprocessing["resize"])
+            image = open_image(item.image)
+            yield item.key, place(image, nearest(image.size, sizes), preprocessing["resize"])[0]
         if not missing:
             return

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from latentclip._pair import Pair, PairColumns, Refusal, ShardUnreadable
-from latentclip._pair_parquet import read_parquet
+from latentclip._pair_parquet import count_parquet, read_parquet
 from latentclip._pair_tar import index_tar, read_tar
 from latentclip.images import ImageLimits
 from latentclip.rejects import Reason
@@ -69,6 +69,16 @@ class PairShard:
                 self._open().close()
         assert self._size is not None
         return self._size
+
+    def count(self) -> int:
+        """Samples, by the `_stats.json` beside the shard or by its index, without any image. Raises ShardUnreadable."""
+        if successes := self._successes():
+            return successes
+        with self._naming_itself(), self._open() as file:
+            if self.name.endswith(".parquet"):
+                return count_parquet(file)
+            samples = index_tar(file, self.columns).samples
+            return sum(max(map(len, members.values())) for members in samples.values())
 
     def __iter__(self) -> Iterator[Pair | Refusal]:
         self.truncated, self.planned = False, 0

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
+from latentclip.ragged import Latents, blocks
 
 _NUMPY: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "int8": np.dtype("i1")}
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "int8": 3.4028234663852886e38}
 _STEPS = 127
-_BLOCK = 256
-"""Rows."""
 MARGIN = 1.5
 """Range of int8 over the range of the measured latents: pairs that were not measured may reach beyond it."""
 
@@ -61,14 +60,13 @@ def to_float(stored: NDArray, space: LatentSpace) -> NDArray[np.float32]:
     return stored.astype(np.float32)
 
 
-def all_finite(stored: NDArray, space: LatentSpace) -> bool:
+def all_finite(stored: Latents, space: LatentSpace) -> bool:
     """Whether stored latents hold neither NaN nor Inf, without a copy of them in float32."""
     if space.dtype == "int8":
         return True
-    blocks = (stored[start : start + _BLOCK] for start in range(0, len(stored), _BLOCK))
     if space.dtype == "bfloat16":
-        return not any(((block & np.uint16(0x7F80)) == 0x7F80).any() for block in blocks)
-    return all(np.isfinite(block).all() for block in blocks)
+        return not any(((block & np.uint16(0x7F80)) == 0x7F80).any() for block in blocks(stored))
+    return all(np.isfinite(block).all() for block in blocks(stored))
 
 
 def _affine(space: LatentSpace) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

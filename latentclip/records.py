@@ -160,8 +160,8 @@ class DatasetFile:
     """`dataset.json`: what all shards of a folder have in common. `software` is recorded, the rest is compared."""
 
     latent_space: LatentSpace
-    latent_shape: tuple[int, int, int]
-    """Channels, height and width of one stored latent."""
+    latent_shape: tuple[int, int, int] | None
+    """Channels, height and width of one stored latent; None where they differ (`preprocessing` lists the buckets)."""
     preprocessing: dict[str, Any]
     """Image size, resize mode, recipe of the views, caption limit, ..."""
     container: Literal["parquet", "webdataset"] = "parquet"
@@ -180,8 +180,22 @@ class DatasetFile:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
-        shape = list(self.latent_shape)
+        shape = list(self.latent_shape) if self.latent_shape else None
         return {**asdict(self), "latent_shape": shape, "latent_space": self.latent_space.to_json()}
+
+    @property
+    def grid(self) -> int:
+        """Rows and columns of every latent. Raises UsageError where their shapes differ."""
+        return self.one_shape()[-1]
+
+    def one_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every latent. Raises UsageError where their shapes differ."""
+        if self.latent_shape is None:
+            raise UsageError(
+                "these latents are of several shapes (aspect-ratio buckets), which make no batch to train or judge "
+                "this model on; encode the pairs with --resize crop or pad"
+            )
+        return self.latent_shape
 
     def publish(self, folder: Folder) -> DatasetFile:
         """Create `dataset.json` and return what the folder then holds.
@@ -207,9 +221,9 @@ class DatasetFile:
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(f"{folder} holds no latents ({DATASET_FILE} is missing); check the path") from None
         space = LatentSpace.from_json(values.pop("latent_space"))
-        channels, height, width = values.pop("latent_shape")
+        shape = values.pop("latent_shape")
         tokens = TokenFormat(**made) if (made := values.pop("tokens", None)) else None
-        return cls(latent_space=space, latent_shape=(channels, height, width), tokens=tokens, **values)
+        return cls(latent_space=space, latent_shape=tuple(shape) if shape else None, tokens=tokens, **values)
 
 
 def with_scales(dataset: DatasetFile, folder: Folder) -> DatasetFile:

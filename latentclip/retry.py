@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from latentclip._rows import join, take
-from latentclip.encode import ShardEncoder, Work
+from latentclip.encode import ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.filters import Filters
 from latentclip.pairs import Pair, PairShard, Refusal, ShardUnreadable
@@ -22,6 +22,7 @@ from latentclip.removal import honour_late_tombstones, outcome_of
 from latentclip.shards import LatentRows, read_shard, write_shard
 from latentclip.storage import Folder
 from latentclip.tombstones import Tombstones, read_tombstones
+from latentclip.work import Work
 
 _NAMELESS = {Reason.DUPLICATE_KEY, Reason.KEY_INVALID, Reason.TRUNCATED}
 """Refusals whose key is no pair's own: read again, they are what they are."""

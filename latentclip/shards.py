@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from latentclip.containers import LatentRows, parse, serialise
 from latentclip.latent_space import LatentSpace
 from latentclip.quantise import all_finite, to_float
+from latentclip.ragged import Latents, blocks
 from latentclip.records import (
     SUFFIXES,
     Counts,
@@ -41,9 +42,6 @@ __all__ = [
     "serialise",
     "write_shard",
 ]
-
-_BLOCK = 256
-"""Rows."""
 
 
 def write_shard(
@@ -118,20 +116,16 @@ def _record(
     return record
 
 
-def _statistics(latents: np.ndarray, space: LatentSpace) -> dict[str, list[float]]:
+def _statistics(latents: Latents, space: LatentSpace) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of stored (n, c, h, w) latents."""
     if not len(latents):
         return {"channel_mean": [], "channel_std": []}
-    axes, values = (0, 2, 3), latents.size // latents.shape[1]
-    mean = sum(block.sum(axes, dtype=np.float64) for block in _blocks(latents, space)) / values
-    centred = (block - mean[:, None, None] for block in _blocks(latents, space))
+    axes, channels = (0, 2, 3), len(latents[0])
+    values = latents.nbytes // latents.dtype.itemsize // channels
+    mean = sum(to_float(block, space).sum(axes, dtype=np.float64) for block in blocks(latents)) / values
+    centred = (to_float(block, space) - mean[:, None, None] for block in blocks(latents))
     deviation = np.sqrt(sum(np.square(block).sum(axes) for block in centred) / values)
     return {"channel_mean": mean.tolist(), "channel_std": deviation.tolist()}
-
-
-def _blocks(latents: np.ndarray, space: LatentSpace) -> Iterator[np.ndarray]:
-    """Some rows at a time, as float32, so that what is computed of them stays small whatever the shard's size."""
-    return (to_float(latents[start : start + _BLOCK], space) for start in range(0, len(latents), _BLOCK))
 
 
 def read_shard(

@@ -18,7 +18,7 @@ class ViewRecipe:
     area: Range = (1.0, 1.0)
     """Area of the window over the image's; above 1 the image shrinks on a white page."""
     aspect: Range = (1.0, 1.0)
-    """Width over height of the window, which is then squeezed into a square."""
+    """Width over height of the window, over that of the view it is squeezed into."""
     rotation: float = 0.0
     """Largest angle in degrees, either way; corners that open are white."""
     flip: float = 0.0
@@ -36,7 +36,7 @@ class ViewRecipe:
     outline: float = 0.0
     """Probability of drawing a dark line along the edges between colours."""
     outline_width: Range = (0.02, 0.04)
-    """Width of that line as a share of the view's side."""
+    """Width of that line as a share of the view's side (the root of its area)."""
     fade: float = 0.0
     """Probability that the fills of an outlined view fade towards white."""
     blur: float = 0.0
@@ -73,24 +73,29 @@ TO_YIQ = np.array([GREY, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.fl
 WHITE = (255, 255, 255)
 
 
-def augment(image: Image.Image, key: str, view: int, size: int, recipe: ViewRecipe) -> Image.Image:
-    """View `view` (1, 2, ...; 0 is the plain image, made elsewhere) of sample `key`: RGB, size x size pixels."""
+def augment(image: Image.Image, key: str, view: int, size: int | tuple[int, int], recipe: ViewRecipe) -> Image.Image:
+    """View `view` (1, 2, ...; 0 is the plain image, made elsewhere) of sample `key`: RGB, `size` pixels.
+
+    `size` is a square's side, or width and height.
+    """
+    size = (size, size) if isinstance(size, int) else size
+    side = float(np.sqrt(size[0] * size[1]))
     digest = blake2b(f"{view}:{key}".encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "big"))
     # Lines are drawn at twice the size, so that the last reduction smooths their edges.
-    canvas = 2 * size if recipe.outline else size
+    canvas = (2 * size[0], 2 * size[1]) if recipe.outline else size
     array = _recolour(np.asarray(_window(image, canvas, recipe, rng)), recipe, rng)
     if rng.random() < recipe.outline:
         array = _outline(array, recipe, rng)
-    result = Image.fromarray(array).resize((size, size), Image.Resampling.BOX)
+    result = Image.fromarray(array).resize(size, Image.Resampling.BOX)
     if rng.random() < recipe.blur:
-        result = result.filter(ImageFilter.GaussianBlur(rng.uniform(*recipe.blur_radius) * size))
+        result = result.filter(ImageFilter.GaussianBlur(rng.uniform(*recipe.blur_radius) * side))
     return result
 
 
-def _window(image: Image.Image, side: int, recipe: ViewRecipe, rng: np.random.Generator) -> Image.Image:
-    """A randomly placed, turned and mirrored window of the image, antialiased to side x side pixels."""
-    aspect = np.exp(rng.uniform(*np.log(recipe.aspect)))
+def _window(image: Image.Image, size: tuple[int, int], recipe: ViewRecipe, rng: np.random.Generator) -> Image.Image:
+    """A randomly placed, turned and mirrored window of the image, antialiased to `size` (width, height)."""
+    aspect = np.exp(rng.uniform(*np.log(recipe.aspect))) * (size[0] / size[1])
     area = rng.uniform(*recipe.area) * image.width * image.height
     box = [max(1, round(length)) for length in (np.sqrt(area * aspect), np.sqrt(area / aspect))]
     if recipe.area[1] <= 1:
@@ -98,7 +103,7 @@ def _window(image: Image.Image, side: int, recipe: ViewRecipe, rng: np.random.Ge
     left, top = (round(rng.uniform() * (whole - part)) for whole, part in zip(image.size, box, strict=True))
     page = Image.new("RGB", (box[0], box[1]), WHITE)
     page.paste(image, (-left, -top))
-    page = page.resize((side, side), Image.Resampling.BICUBIC)
+    page = page.resize(size, Image.Resampling.BICUBIC)
     if recipe.rotation:
         angle = rng.uniform(-recipe.rotation, recipe.rotation)
         page = page.rotate(angle, Image.Resampling.BILINEAR, fillcolor=WHITE)
@@ -125,7 +130,8 @@ def _outline(pixels: np.ndarray, recipe: ViewRecipe, rng: np.random.Generator) -
     if rng.random() < recipe.fade:
         pixels = (255 - (255 - pixels.astype(np.float32)) * rng.uniform(0, 0.8)).astype(np.uint8)
     # The edges found are two pixels wide, and growing them by one pixel each way adds two.
-    for _ in range(round(rng.uniform(*recipe.outline_width) * len(pixels) / 2) - 1):
+    side = float(np.sqrt(pixels.shape[0] * pixels.shape[1]))
+    for _ in range(round(rng.uniform(*recipe.outline_width) * side / 2) - 1):
         line = _grow(line)
     return np.where(line[..., None], np.uint8(rng.integers(0, 48)), pixels)
 

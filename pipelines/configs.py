@@ -34,6 +34,8 @@ class EncodeConfig:
     """Encode only the first so many pairs. Another limit needs another output folder."""
     retry: str | None = None
     """Also encode the rejects of these reasons again, separated by commas; `retryable`: all that a fix may cure."""
+    shards: str | None = None
+    """Only a slice of the sorted pair shards, such as `0:128`; jobs on different slices may run at the same time."""
     encoders: int | None = None
     """Encoder actors; default: one for each GPU of the cluster, or one without GPUs."""
     threads: int | None = None
@@ -44,10 +46,19 @@ class EncodeConfig:
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
+    plan: bool = False
+    """Encode a few pairs into a temporary folder, print what the whole would take and cost, and write nothing."""
+    plan_samples: int = 1000
+    """Pairs that `--plan` encodes."""
+    dollars_per_hour: float | None = None
+    """What one encoder (its GPU, or its share of a machine) costs an hour; `--plan` then says what the whole costs."""
 
     def __post_init__(self) -> None:
         counts = {"encoders": self.encoders, "threads": self.threads, "decoders": self.decoders}
-        require_at_least(1, limit=self.limit, **counts)
+        require_at_least(1, limit=self.limit, plan_samples=self.plan_samples, **counts)
+        require_at_least(0, dollars_per_hour=self.dollars_per_hour)
+        if self.limit is not None and self.shards is not None:
+            raise UsageError("--limit counts pairs over all shards and --shards takes some; give one of them")
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,9 @@ class Embedder:
         """The features of one shard with its keys, captions and labels."""
         label = self.config.label_column
         rows = read_shard(url, columns=["latent", "caption", *([label] if label else [])], checksum=sha256)
-        features = []
+        plain, features = rows.arrays()[0], []
         for first in range(0, len(rows), self.config.batch_size):
-            stored = rows.latents[0][first : first + self.config.batch_size]
-            latents = torch.from_numpy(to_float(stored, space))
+            latents = torch.from_numpy(to_float(plain[first : first + self.config.batch_size], space))
             with torch.no_grad():
                 features.append(self.clip.encode_latents(latents, space).float().cpu().numpy())
         labels = rows.metadata.get(label, [None] * len(rows)) if label else []

@@ -10,9 +10,11 @@ a job dies is done again by the next run of the same command.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,6 @@ from typing import Any
 
 import ray
 import torch
-from tqdm import tqdm
 
 from latentclip.calibrate import measure, publish_with_scales
 from latentclip.codec import Precision, arithmetic, load_codec
@@ -34,23 +35,32 @@ from latentclip.storage import Folder, list_shards
 from latentclip.worklist import remaining_shards
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, run_program, warn_unless_shared
 from pipelines.configs import EncodeConfig, parse, write_config
+from pipelines.credentials import Sealed
 from pipelines.experiments import EXPERIMENTS
+from pipelines.metrics import EncodeMetrics
+from pipelines.partition import part
 from pipelines.pool import answers
+from pipelines.probe import foresee
+from pipelines.progress import Progress
 from pipelines.runlog import StageLog
 
-COUNTS = ("planned", "stored", "rejected", "reencoded", "halved")
-"""What is summed over the shards of a run."""
+NOTHING = {"planned": 0, "stored": 0, "rejects": "{}", "reencoded": 0, "halved": 0}
+"""What became of a shard that was not encoded."""
 
 
 class Encoder:
     """The actor: one codec on one device, shard after shard."""
 
-    def __init__(self, config: EncodeConfig, threads: int) -> None:
+    def __init__(self, config: EncodeConfig, threads: int, credentials: Sealed) -> None:
+        credentials.open()
+        self.metrics = EncodeMetrics()
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         codec = load_codec(config.codec, device=device, dtype=arithmetic(config.precision, device))
         self.retried = parse_reasons(config.retry) if config.retry else frozenset()
-        self.encoder = ShardEncoder(codec, config.settings, Folder(config.latents), decoders=config.decoders or threads)
+        self.encoder = ShardEncoder(
+            codec, config.settings, Folder(config.latents), config.decoders or threads, self.metrics.waited
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Encode the shards of a batch from Ray Data; one result each."""
@@ -68,15 +78,23 @@ class Encoder:
         One that cannot be read or written is an answer, not an exception: the others go on.
         """
         try:
-            if name:
-                return self.retry(url, limit if limit >= 0 else None, name)
-            record = self.encoder.encode(url, limit if limit >= 0 else None)
+            with self.metrics.shard():
+                if name:
+                    return self.retry(url, limit if limit >= 0 else None, name)
+                record = self.encoder.encode(url, limit if limit >= 0 else None)
         except (UsageError, OSError) as error:
             problem = str(error) if isinstance(error, ShardUnreadable) else f"{url} is not encoded: {error}"
-            return {"shard": url, **dict.fromkeys(COUNTS, 0), "problem": problem}
-        counts = {name: getattr(record.counts, name) for name in ("planned", "stored", "rejected")}
-        counts |= {"reencoded": record.reencoded, "halved": self.halved()}
-        return {"shard": url, **counts, "problem": cut_off(url, record)}
+            return {"shard": url, **NOTHING, "problem": problem}
+        self.metrics.finished(record.counts.stored, record.rejects)
+        return {
+            "shard": url,
+            "planned": record.counts.planned,
+            "stored": record.counts.stored,
+            "rejects": json.dumps(record.rejects),
+            "reencoded": record.reencoded,
+            "halved": self.halved(),
+            "problem": cut_off(url, record),
+        }
 
     def halved(self) -> int:
         """Batches halved since this was last asked."""
@@ -89,11 +107,14 @@ class Encoder:
         after = retry(self.encoder, url, before, self.retried, limit)
         planned = retried(before, self.retried) + after.counts.planned - before.counts.planned
         stored = after.counts.stored - before.counts.stored
+        untouched = {reason: count for reason, count in before.rejects.items() if reason not in self.retried}
+        rejects = Counter(after.rejects) - Counter(untouched)
+        self.metrics.finished(stored, rejects)
         return {
             "shard": url,
             "planned": planned,
             "stored": stored,
-            "rejected": planned - stored,
+            "rejects": json.dumps(rejects),
             "reencoded": after.reencoded - before.reencoded,
             "halved": self.halved(),
             "problem": cut_off(url, after),
@@ -119,7 +140,10 @@ def share_limit(shards: list[str], limit: int | None, columns: PairColumns) -> I
 
 def remaining(config: EncodeConfig) -> tuple[list[tuple[str, int]], int]:
     """The shards without a record, each with its limit, and how many have one."""
-    shards, todo = remaining_shards(config.pairs, Folder(config.latents))
+    every, unfinished = remaining_shards(config.pairs, Folder(config.latents))
+    shards = part(every, config.shards)
+    chosen = set(shards)
+    todo = [url for url in unfinished if url in chosen]
     planned = dict(share_limit(shards, config.limit, config.settings.columns))
     return [(url, planned[url]) for url in todo if url in planned], len(shards) - len(todo)
 
@@ -129,7 +153,7 @@ def to_retry(config: EncodeConfig) -> list[tuple[str, int, str]]:
     if config.retry is None:
         return []
     records = due(Folder(config.latents), parse_reasons(config.retry))
-    shards = {Path(url).stem: url for url in list_shards(config.pairs, SUFFIXES)}
+    shards = {Path(url).stem: url for url in part(list_shards(config.pairs, SUFFIXES), config.shards)}
     limited = config.limit is not None
     return [
         (shards[stem], record.counts.planned if limited else -1, record.name)
@@ -156,7 +180,7 @@ def precision_here(config: EncodeConfig) -> Precision:
 def measured(config: EncodeConfig, shards: list[str]) -> LatentSpace:
     """The latent space with int8 scales for the first pairs of some shards, measured by one actor."""
     _, resources, threads = pool_size(config)
-    actor: Any = ray.remote(Encoder).options(**resources).remote(config, threads)
+    actor: Any = ray.remote(Encoder).options(**resources).remote(config, threads, Sealed(os.environ))
     try:
         space: LatentSpace = ray.get(actor.measure.remote(shards))
     except ray.exceptions.RayTaskError as error:
@@ -170,15 +194,20 @@ def encode_shards(config: EncodeConfig, todo: list[tuple[str, int, str]]) -> Ite
     """Run the actors over the shards; yields one result a shard, in the order in which they end."""
     actors, resources, threads = pool_size(config)
     rows = [{"shard": url, "limit": limit, "record": record} for url, limit, record in todo]
-    for answer in answers(Encoder, (config, threads), rows, actors, resources):
-        yield {**dict.fromkeys(COUNTS, 0), **answer}
+    for answer in answers(Encoder, (config, threads, Sealed(os.environ)), rows, actors, resources):
+        yield {**NOTHING, **answer}
+
+
+def everywhere(config: EncodeConfig) -> EncodeConfig:
+    """The configuration with paths that mean the same on any worker."""
+    codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
+    return replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
 
 
 def run(config: EncodeConfig) -> dict[str, Any]:
     """The stage: encode what is not encoded yet; returns its counts and what went wrong."""
     check_output(config.latents)
-    codec = absolute(config.codec) if Path(config.codec).is_dir() else config.codec
-    config = replace(config, pairs=absolute_source(config.pairs), latents=absolute(config.latents), codec=codec)
+    config = everywhere(config)
     unfinished, done = remaining(config)
     again = to_retry(config)
     todo = [*((url, limit, "") for url, limit in unfinished), *again]
@@ -187,27 +216,27 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
     retries = f", {len(again)} to retry" if config.retry else ""
     print(f"encode: {done} shards done, {len(unfinished)} to do{retries}, {latents}", flush=True)
+    total: dict[str, Any] = {"planned": 0, "stored": 0, "rejected": 0, "reencoded": 0, "halved": 0, "problems": []}
     if config.dry_run:
-        return {**dict.fromkeys(COUNTS, 0), "problems": []}
+        return total
     folder = Folder(config.latents)
     with cluster(config.ray_address), StageLog(folder, "encode") as log:
         warn_unless_shared(config.latents)
         config = replace(config, precision=precision_here(config))
         dataset = replace(dataset, preprocessing={**dataset.preprocessing, "precision": config.precision})
         publish_with_scales(dataset, folder, lambda: measured(config, [url for url, *_ in todo]))
-        total: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "problems": []}
         if not todo:
             return total
         write_config(folder, "encode.config.json", config)
-        with tqdm(unit="pair", desc="encode", file=sys.stdout, mininterval=1) as progress:
-            for number, result in enumerate(encode_shards(config, todo), 1):
-                for name in COUNTS:
+        with Progress(len(todo)) as progress:
+            for result in encode_shards(config, todo):
+                progress.finished(result)
+                for name in ("reencoded", "halved"):
                     total[name] += result[name]
                 if result["problem"]:
                     total["problems"].append(result["problem"])
-                log.samples, log.halved = total["planned"], total["halved"]
-                progress.set_postfix(shards=f"{number}/{len(todo)}", rejected=total["rejected"], refresh=False)
-                progress.update(result["planned"])
+                log.samples, log.halved = progress.planned, total["halved"]
+        total.update(planned=progress.planned, stored=progress.stored, rejected=progress.rejects.total())
     return total
 
 
@@ -215,6 +244,12 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 complete, 1 if a shard could not be read whole, 2 for wrong input."""
     defaults = {name: (value.description, value.encode) for name, value in EXPERIMENTS.items()}
     _, config = parse(defaults, arguments, "encode.py")
+    if config.plan:
+        config = everywhere(config)
+        todo, _ = remaining(config)
+        with cluster(config.ray_address):
+            print(foresee(config, todo, *pool_size(config)))
+        return 0
     start = time.monotonic()
     total = run(config)
     for problem in total["problems"]:

@@ -66,7 +66,7 @@ def check(clip: Loaded, dataset: LatentDataset, label_column: str | None) -> Non
     """Raise UsageError unless the model reads these latents, there are any, and the label column is among theirs."""
     dataset.space.require_same_encoder(clip.space, mine=f"{dataset.source}", theirs=f"the checkpoint {clip.path}")
     with torch.no_grad():
-        clip.encode_latents(torch.zeros(1, *dataset.dataset.latent_shape), dataset.space)
+        clip.encode_latents(torch.zeros(1, *dataset.dataset.one_shape()), dataset.space)
     filled = [index for index, shard in enumerate(dataset.shards) if shard.rows]
     if not filled:
         raise UsageError(

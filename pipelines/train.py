@@ -203,7 +203,7 @@ def describe(config: TrainConfig) -> str:
     if checkpoint := newest_good(Path(config.run)):
         theirs, _ = read_space(checkpoint)
         dataset.space.require_same_encoder(theirs, mine=dataset.source, theirs=f"the run {checkpoint}")
-    grid = dataset.dataset.latent_shape[-1]
+    grid = dataset.dataset.grid
     model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)
     millions = sum(value.numel() for value in model.parameters()) / 1e6

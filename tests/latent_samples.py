@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from latentclip.latent_space import LatentSpace
+from latentclip.ragged import RaggedLatents
 from latentclip.records import DatasetFile, Input, Outcome, Record
 from latentclip.shards import LatentRows, write_shard
 from latentclip.storage import Folder
@@ -66,6 +67,9 @@ def fill(path: Path | str, shards: int = 3, rows: int = 4, **options: Any) -> tu
     dataset.publish(folder)
     records = []
     for index in range(shards):
-        content = make_rows(rows, seed=index, views=dataset.views, prefix=f"{index:05d}", shape=dataset.latent_shape)
+        shape = dataset.latent_shape or (4, 2, 3)
+        content = make_rows(rows, seed=index, views=dataset.views, prefix=f"{index:05d}", shape=shape)
+        if dataset.latent_shape is None:
+            content.latents = [RaggedLatents(latents, latents.dtype) for latents in content.latents]
         records.append(write_shard(folder, dataset, content, make_outcome(f"{index:05d}", content)))
     return folder, records

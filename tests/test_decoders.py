@@ -33,10 +33,10 @@ def test_a_preparation_survives_as_json() -> None:
 
 
 def test_the_pixels_are_those_of_this_process_whoever_decodes(pool: DecoderPool) -> None:
-    expected = PREPARATION.pixels("key", PICTURE)
+    expected = PREPARATION.prepare("key", PICTURE).pixels
     assert expected.shape == (3, 32, 32, 3)
     with ThreadPoolExecutor(4) as threads:
-        for pixels in threads.map(lambda _: pool.pixels("key", PICTURE), range(40)):
+        for pixels in threads.map(lambda _: pool.prepare("key", PICTURE).pixels, range(40)):
             np.testing.assert_array_equal(pixels, expected)
 
 
@@ -52,7 +52,7 @@ def test_the_pixels_are_those_of_this_process_whoever_decodes(pool: DecoderPool)
 def test_a_reject_keeps_its_reason_and_its_decoder(data: bytes, reason: Reason, pool: DecoderPool) -> None:
     before = pool.pids
     with pytest.raises(Rejected) as caught:
-        pool.pixels("key", data)
+        pool.prepare("key", data)
     assert (caught.value.reason, pool.pids) == (reason, before)
 
 
@@ -62,7 +62,7 @@ def test_a_killed_decoder_is_replaced_and_its_image_decoded(pool: DecoderPool) -
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     for _ in range(2):
-        np.testing.assert_array_equal(pool.pixels("key", PICTURE), PREPARATION.pixels("key", PICTURE))
+        np.testing.assert_array_equal(pool.prepare("key", PICTURE).pixels, PREPARATION.prepare("key", PICTURE).pixels)
     assert not set(before) <= set(pool.pids)
     assert len(pool.pids) == 2
 
@@ -84,25 +84,25 @@ def test_what_kills_a_decoder_is_refused_alone(
             import os
             from latentclip import _decoder_process as program
             program.CPU_SECONDS = 1
-            def pixels(self, key, data, original=program.Preparation.pixels):
+            def prepare(self, key, data, original=program.Preparation.prepare):
                 if key == "bad":
                     {crash}
                 return original(self, key, data)
-            program.Preparation.pixels = pixels
+            program.Preparation.prepare = prepare
         """)
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with DecoderPool(PREPARATION, size=1) as pool:
         with pytest.raises(Rejected) as caught:
-            pool.pixels("bad", PICTURE)
+            pool.prepare("bad", PICTURE)
         assert caught.value.reason is reason
-        np.testing.assert_array_equal(pool.pixels("key", PICTURE), PREPARATION.pixels("key", PICTURE))
+        np.testing.assert_array_equal(pool.prepare("key", PICTURE).pixels, PREPARATION.prepare("key", PICTURE).pixels)
 
 
 def test_decoders_that_cannot_start_are_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with DecoderPool(PREPARATION, size=1) as pool, pytest.raises(DecodersUnavailable):
-        pool.pixels("key", PICTURE)
+        pool.prepare("key", PICTURE)
 
 
 def test_decoders_end_with_their_parent_even_inside_a_library_that_hangs() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from latentclip.codec import load_codec
 from latentclip.dataset import LatentDataset
+from latentclip.decoders import Prepared
 from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.storage import Folder
@@ -165,14 +166,14 @@ def test_killed_decoders_cost_nothing_but_time(tmp_path: Path, monkeypatch: pyte
     pairs = emoji_shards(tmp_path / "pairs", shards=1, rows=40)
     expected = encoder(tmp_path / "calm").encode(str(pairs / "00000.tar"))
     hunted = encoder(tmp_path / "hunted")
-    decode, count = hunted.decoders.pixels, itertools.count()
+    decode, count = hunted.decoders.prepare, itertools.count()
 
-    def hunt(key: str, data: bytes) -> np.ndarray:
+    def hunt(key: str, data: bytes) -> Prepared:
         if next(count) % 5 == 4:
             os.kill(hunted.decoders.pids[0], signal.SIGKILL)
         return decode(key, data)
 
-    monkeypatch.setattr(hunted.decoders, "pixels", hunt)
+    monkeypatch.setattr(hunted.decoders, "prepare", hunt)
     assert hunted.encode(str(pairs / "00000.tar")) == expected
     assert next(count) == 40
 

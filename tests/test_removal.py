@@ -19,6 +19,7 @@ from latent_samples import ODD_METADATA, fill, make_dataset, make_outcome, make_
 from latentclip.__main__ import main
 from latentclip.codec import load_codec
 from latentclip.dataset import LatentDataset
+from latentclip.decoders import Prepared
 from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.records import Record
@@ -165,15 +166,15 @@ def test_a_later_encode_honours_the_tombstones(tmp_path: Path) -> None:
 def test_a_takedown_while_a_shard_is_encoded_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = emoji_shards(tmp_path / "pairs", shards=1, rows=6)
     made = encoder(tmp_path / "latents")
-    decode, seen = made.decoders.pixels, []
+    decode, seen = made.decoders.prepare, []
 
-    def take_down_the_first(key: str, data: bytes) -> np.ndarray:
+    def take_down_the_first(key: str, data: bytes) -> Prepared:
         if not seen:
             seen.append(key)
             assert remove(str(tmp_path / "latents"), [key]).removed == 0
         return decode(key, data)
 
-    monkeypatch.setattr(made.decoders, "pixels", take_down_the_first)
+    monkeypatch.setattr(made.decoders, "prepare", take_down_the_first)
     record = made.encode(str(pairs / "00000.tar"))
     assert (record.generation, record.removed_keys, record.counts.stored) == (1, seen, 5)
     assert [name for name in made.folder.names() if name.endswith(".parquet")] == ["00000.g1.parquet"]

@@ -12,6 +12,7 @@ from demo_pairs import emoji_shards, tar_of
 
 from latentclip.codec import load_codec
 from latentclip.dataset import LatentDataset
+from latentclip.decoders import Prepared
 from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.pairs import Pair, PairShard
@@ -31,14 +32,14 @@ def encoder(path: Path, fails: Callable[[str], Reason | None] = lambda _: None) 
     """An encoder on whose machine the decoders fail for some keys."""
     made = ShardEncoder(load_codec("demo"), SETTINGS, Folder(path), decoders=2)
     made.dataset.publish(made.folder)
-    decode = made.decoders.pixels
+    decode = made.decoders.prepare
 
-    def pixels(key: str, data: bytes) -> np.ndarray:
+    def prepare(key: str, data: bytes) -> Prepared:
         if reason := fails(key):
             raise Rejected(reason)
         return decode(key, data)
 
-    made.decoders.pixels = pixels  # type: ignore[method-assign]
+    made.decoders.prepare = prepare  # type: ignore[method-assign]
     return made
 
 

@@ -1,0 +1,86 @@
+"""Credentials reach the workers and stand nowhere else: not in logs, job records, or what objects print."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo_pairs import emoji_shards
+
+from latentclip.decoders import DecoderPool, Preparation
+from pipelines.credentials import Credentials
+
+SECRET = "dummy-secret-of-the-test"
+
+
+def test_only_names_are_printed() -> None:
+    credentials = Credentials.of({"AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": "http://x", "PATH": "/bin"})
+    assert credentials.names == ("AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY")
+    assert credentials.reveal() == {"AWS_ENDPOINT_URL": "http://x", "AWS_SECRET_ACCESS_KEY": SECRET}
+    for shown in (repr(credentials), str(credentials), f"{credentials}"):
+        assert SECRET not in shown
+        assert "AWS_SECRET_ACCESS_KEY" in shown
+    assert pickle.loads(pickle.dumps(credentials)) == credentials
+
+
+def test_decoders_of_hostile_images_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with DecoderPool(Preparation(image_size=8), size=1) as pool:
+        assert SECRET.encode() not in Path(f"/proc/{pool.pids[0]}/environ").read_bytes()
+
+
+PROGRAM = """
+import os, sys, ray
+from dataclasses import replace
+from pipelines import encode
+from pipelines.cluster import cluster
+from pipelines.credentials import Sealed
+from pipelines.experiments import DEMO
+
+@ray.remote
+def seen(sealed):
+    before = os.environ.get("AWS_SECRET_ACCESS_KEY")
+    sealed.open()
+    print("a worker prints", sealed)
+    return before, os.environ["AWS_SECRET_ACCESS_KEY"]
+
+pairs, latents = sys.argv[1:]
+secret = sys.stdin.read()
+with cluster():
+    session = ray._private.worker._global_node.get_session_dir_path()
+    os.environ["AWS_SECRET_ACCESS_KEY"] = secret  # after the cluster has started, as on a cluster of others
+    before, after = ray.get(seen.remote(Sealed(os.environ)))
+    settings = replace(DEMO.encode.settings, views=1, batch_size=4)
+    config = replace(DEMO.encode, pairs=pairs, latents=latents, settings=settings)
+    assert encode.run(config)["stored"] == 8
+print("RESULT", session, before, after == secret)
+"""
+
+
+def test_a_secret_reaches_workers_and_no_file_of_ray(tmp_path: Path) -> None:
+    pairs = emoji_shards(tmp_path / "pairs", shards=2, rows=4)
+    environment = {**os.environ, "RAY_BACKEND_LOG_LEVEL": "debug", "RAY_enable_export_api_write": "1"}
+    environment.pop("AWS_SECRET_ACCESS_KEY", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(pairs), str(tmp_path / "latents")],
+        input=SECRET,  # a command line stands in Ray's records
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout
+    *_, session, before, after = ran.stdout.strip().splitlines()[-1].split()
+    assert (before, after) == ("None", "True")
+    assert SECRET not in ran.stdout
+    searched = 0
+    for folder in (Path(session), tmp_path / "latents"):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                searched += 1
+                assert SECRET.encode() not in path.read_bytes(), f"the secret stands in {path}"
+    assert searched > 20
