@@ -175,8 +175,8 @@ class DatasetFile:
 
     def header(self) -> dict[str, Any]:
         """What every shard repeats, so that a single shard says what its numbers mean."""
-        names = ("format_version", "latent_shape", "latent_space", "views", "tokens")
-        return {name: value for name, value in self.to_json().items() if name in names and value is not None}
+        names = ["format_version", "latent_shape", "latent_space", "views", *(["tokens"] if self.tokens else [])]
+        return {name: value for name, value in self.to_json().items() if name in names}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
