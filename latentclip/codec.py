@@ -128,7 +128,8 @@ def load_codec(
         raise UsageError(
             f"codec {name_or_dir} overflows in float16 (its config sets force_upcast); use bfloat16 or float32"
         )
-    module = _autoencoder(folder, config).to(device, dtype, memory_format=torch.channels_last)
+    with hub.quiet(diffusers.utils.logging):  # it warns of every narrower type
+        module = _autoencoder(folder, config).to(device, dtype, memory_format=torch.channels_last)
     channels, factor = _measure(module, name_or_dir)
     space = LatentSpace(
         name=folder.name if Path(name_or_dir).is_dir() else str(name_or_dir),

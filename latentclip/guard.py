@@ -22,8 +22,9 @@ from latentclip.latent_space import Kind
 class Guard:
     """Wraps a codec; threads may share it.
 
-    A latent of a halved batch differs from an undisturbed one as it does between any two batch sizes, in the last bits
-    of the arithmetic: by at most 1e-3 of the latents' range in float32, and 3e-2 in the half-precision types.
+    A latent of a halved batch differs from an undisturbed one as between any two batch sizes, in the last bits of the
+    arithmetic: in float32 on a CPU by 1e-5 of the largest latent at most. An accelerator may choose another kernel for
+    another batch size, and then differs by what its precision allows.
     """
 
     def __init__(self, codec: Codec, *, scaled: bool, kind: Kind) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from demo_pairs import emoji_shards
 
+from latentclip._rows import join, take
 from latentclip.codec import load_codec
 from latentclip.dataset import LatentDataset
 from latentclip.encode import EncodeSettings, ShardEncoder
@@ -113,3 +114,10 @@ def test_an_unknown_model_is_refused_before_any_write(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no model nonsense"):
         encoded(tmp_path, "nonsense")
     assert not (tmp_path / "latents").exists()
+
+
+def test_rows_that_are_chosen_and_joined_keep_their_tokens(tmp_path: Path) -> None:
+    one, two = encoded(tmp_path, MODELS[0])
+    both = take(join(one, two), [7, 0])
+    assert both.captions == [two.captions[1], one.captions[0]]
+    np.testing.assert_array_equal(both.tokens, tokenise(MODELS[0], both.captions))
