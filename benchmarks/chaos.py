@@ -36,7 +36,7 @@ class ChaosBenchmark:
 
     shards: int = 240
     """Pair shards."""
-    rows: int = 125
+    rows: int = 150
     """Pairs in each."""
     views: int = 4
     """Latents of each pair, which make the undisturbed run last 5 minutes."""

@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 MARK = "LATENTCLIP_CHAOS"
 """Environment variable that all processes of a cluster and of its jobs inherit, so that none is overlooked."""
 DETECTION = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 4}
-"""Ray's settings with which a killed node is noticed in 4 s instead of 14."""
+"""Ray's settings with which a killed node is noticed in 3 to 8 s instead of 14."""
 OBJECT_STORE = 100 * 2**20
 Kind = Literal["worker", "decoder", "raylet", "driver"]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from chaos import (
     Job,
     Nodes,
@@ -28,9 +27,6 @@ from chaos import (
 
 from latentclip.errors import UsageError
 from latentclip.verify import verify
-from pipelines.configs import parse
-from pipelines.encode import Encoder
-from pipelines.experiments import EXPERIMENTS
 from pipelines.pool import ActorsLost, answers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
@@ -44,17 +40,11 @@ def nodes() -> Iterator[Nodes]:
         yield started
 
 
-def undisturbed(job: Job, latents: Path) -> dict[str, bytes]:
-    """What one encoder in this process makes of the job's pairs."""
-    defaults = {name: (value.description, value.encode) for name, value in EXPERIMENTS.items()}
-    _, config = parse(defaults, [*job.arguments, "--latents", str(latents)], "encode.py")
-    threads = torch.get_num_threads()
-    encoder = Encoder(config, threads=1)
-    encoder.encoder.dataset.publish(encoder.encoder.folder)
-    for shard in sorted(Path(config.pairs).iterdir()):
-        encoder.encode(str(shard), limit=-1)
-    torch.set_num_threads(threads)
-    encoder.encoder.decoders.close()
+def undisturbed(nodes: Nodes, pairs: Path, latents: Path) -> dict[str, bytes]:
+    """What the command makes of the pairs if nothing is killed."""
+    job = Job(nodes.address, pairs, latents, encoders=1)
+    job.start()
+    assert job.process.wait() == 0, job.output()
     return published_files(latents)
 
 
@@ -70,7 +60,7 @@ def test_a_job_under_kills_ends_with_the_bytes_of_an_undisturbed_one(nodes: Node
     assert reader.published == SHARDS
     report = verify(str(job.latents), str(pairs))
     assert (report.state, report.stored, report.rejected.total()) == ("complete", SHARDS * ROWS, 0)
-    assert published_files(job.latents) == undisturbed(job, tmp_path / "undisturbed")
+    assert published_files(job.latents) == undisturbed(nodes, pairs, tmp_path / "undisturbed")
     wait_until(lambda: not list(working(nodes.mark)), "the end of the job's processes")
     assert leftovers(nodes.temporary) == []
     assert {path.name for path in job.latents.iterdir()} - set(published_files(job.latents)) == {
