@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import ray
 
-PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "HF_TOKEN", "HF_ENDPOINT")
+PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "HF_TOKEN", "HF_ENDPOINT", "LATENTCLIP_")
 """Beginnings of the variables that object stores and model hubs read: keys, tokens, endpoints, regions."""
 
 
