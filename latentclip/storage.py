@@ -170,14 +170,15 @@ def _expand(item: str, suffixes: tuple[str, ...]) -> list[str]:
         return [str(Path(item).absolute())]
     folder, name = locate(item)
     if any(character in name for character in "*?["):
-        pattern = name
+        pattern, listed = name, folder.names()
     elif not folder.is_local and name.endswith(suffixes) and folder.exists(name):
         return [item]
     else:
         folder, pattern = Folder(item), "*"
-        if not folder.names():
+        listed = folder.names()
+        if not listed:
             raise UsageError(f"{item} does not exist or holds no files; check the path")
-    names = [name for name in folder.names() if name.endswith(suffixes) and not name.startswith((".", "_"))]
+    names = [name for name in listed if name.endswith(suffixes) and not name.startswith((".", "_"))]
     return [folder.path(name) for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 

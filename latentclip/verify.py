@@ -135,7 +135,7 @@ def make_plan(latents: str, pairs: str | None = None, depth: Depth = "bytes", co
         return Plan(checks, [], Report(bad_shards=[{"shard": DATASET_FILE, "problem": str(error)}]))
     _require_codec(codec, depth, dataset, latents)
     names = folder.names()
-    records = finished(folder)
+    records = finished(folder, names)
     report = Report(shards=len(records), unfinished_shards=list(_unfinished(names, records)))
     if pairs:
         if _limit_is_reached(folder, dataset, records):

@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from latentclip._stores import LocalStore
 from latentclip.errors import UsageError
 from latentclip.storage import LIST_PAGE, Folder, list_shards
 from latentclip.worklist import remaining_shards
@@ -60,6 +61,22 @@ def test_a_long_list_in_another_store_is_found_by_listing_its_folder() -> None:
     for url in urls:
         fs.pipe_file(url, b"x")
     assert list_shards(",".join(urls), (".tar",)) == urls
+
+
+@pytest.mark.parametrize("pairs", ["pairs", "pairs/*.tar", "list.txt"])
+def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: str) -> None:
+    paths = many(tmp_path / "pairs")
+    (tmp_path / "list.txt").write_text("\n".join(paths))
+    listed: list[str] = []
+    names = LocalStore.names
+
+    def counted(store: LocalStore) -> list[str]:
+        listed.append(store.path.name)
+        return names(store)
+
+    monkeypatch.setattr(LocalStore, "names", counted)
+    assert remaining_shards(tmp_path / pairs, Folder(tmp_path / "latents"))[1] == paths
+    assert sorted(listed) == ["latents", "pairs"]
 
 
 def test_the_benchmark_measures_a_scan(tmp_path: Path) -> None:
