@@ -35,6 +35,7 @@ from latentclip.records import (
 )
 from latentclip.shards import LatentRows, read_shard
 from latentclip.storage import Folder, list_shards, shard_stem
+from latentclip.tombstones import Tombstones, read_tombstones
 from latentclip.verify_report import Report
 
 __all__ = ["Checked", "Checks", "Plan", "Report", "ShardNames", "check_shard", "collect", "make_plan", "verify"]
@@ -55,6 +56,8 @@ class Checks:
     """`records` reads records alone; `bytes` every shard; `deep` finds keys in two shards too, and decodes samples."""
     codec: str | None = None
     """Decodes samples; only with `deep`."""
+    stones: Tombstones = field(default_factory=Tombstones)
+    """What must not be stored."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def make_plan(latents: str, pairs: str | None = None, depth: Depth = "bytes", co
         ShardNames(stem, records.get(stem), sources.get(stem), _data_of(stem, records, dataset) in there)
         for stem in sorted(set(sources) | set(records))
     ]
-    return Plan(Checks(latents, dataset, depth, codec), shards, report)
+    return Plan(Checks(latents, dataset, depth, codec, read_tombstones(folder)), shards, report)
 
 
 def _require_codec(codec: str | None, depth: Depth, dataset: DatasetFile, latents: str) -> None:
@@ -209,7 +212,7 @@ def _check_record(checks: Checks, shard: ShardNames, folder: Folder, report: Rep
             raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again")
         return Checked(report)
     rows = read_shard(url, checksum=record.sha256, size=record.bytes, dataset=checks.dataset)
-    problem = _problem(record, rows, checks.dataset)
+    problem = _problem(record, rows, checks.dataset) or _still_stored(checks.stones, rows)
     if shard.source and not problem:
         problem = _source_problem(checks.dataset, record, rows, shard.source)
     if checks.codec and not problem:
@@ -251,6 +254,13 @@ def _problem(record: Record, rows: LatentRows, dataset: DatasetFile) -> str:
     if not all(all_finite(latents, dataset.latent_space) for latents in rows.latents):
         return "holds NaN or Inf"
     return ""
+
+
+def _still_stored(stones: Tombstones, rows: LatentRows) -> str:
+    """Whether a removed sample is stored: its encoder was killed before it looked at the tombstones a second time."""
+    metadata = ({name: values[row] for name, values in rows.metadata.items()} for row in range(len(rows)))
+    found = sum(map(stones.cover, rows.keys, metadata)) if stones else 0
+    return f"stores {found} removed samples; run remove again, without --keys" if found else ""
 
 
 def _source_problem(dataset: DatasetFile, record: Record, rows: LatentRows, source: str) -> str:

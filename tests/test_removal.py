@@ -224,3 +224,15 @@ def test_a_killed_removal_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     for leftover in (tmp_path / "killed").glob(".staging-*"):
         leftover.unlink()
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_verify_names_a_shard_that_stores_what_was_removed(tmp_path: Path) -> None:
+    folder = with_urls(tmp_path)
+    add_tombstones(folder, ["https://a/00001/0.jpg"], "url")  # as if the remover had been killed here
+    report = verify(folder.url)
+    assert report.state == "corrupt"
+    assert report.bad_shards == [
+        {"shard": "00001", "problem": "stores 1 removed samples; run remove again, without --keys"}
+    ]
+    remove(folder.url, [])
+    assert verify(folder.url).state == "complete"
