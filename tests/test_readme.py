@@ -81,17 +81,27 @@ def test_the_notebook_view(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # its own options, which it reads itself
-@pytest.mark.parametrize("library", ["numpy", "datasets", "duckdb", "ray"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        "numpy",
+        "datasets",
+        "duckdb",
+        "ray",
+        pytest.param("webdataset", marks=pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")),  # its own
+    ],
+)
 def test_latents_are_read_elsewhere(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed (pip install -e .[dev])")
     if library == "datasets":
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "latents", shards=1)
+    container = "webdataset" if library == "webdataset" else "parquet"
+    _, [record] = fill(tmp_path / "latents", shards=1, container=container)
     with one_core_ray() if library == "ray" else nullcontext():
         latents = run_block(f"# {library}", C=4, H=2, W=3)["latents"]
-    np.testing.assert_array_equal(np.stack(list(latents)), read_shard("latents/00000.parquet").latents[0])
+    np.testing.assert_array_equal(np.stack(list(latents)), read_shard(f"latents/{record.data}").latents[0])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
