@@ -70,10 +70,11 @@ def _touch(path: Path) -> None:
 
 def scan(pairs: str, latents: str) -> dict[str, float]:
     """What the stage does before it starts: seconds, peak memory before and after in MB, and shards left and done."""
-    before, start = _peak(), time.perf_counter()
+    before, start, cpu = _peak(), time.perf_counter(), time.process_time()
     shards, todo = remaining_shards(pairs, Folder(latents))
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "before": before, "peak": _peak(), "left": len(todo), "done": len(shards) - len(todo)}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    counts = {"left": len(todo), "done": len(shards) - len(todo)}
+    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": _peak(), **counts}
 
 
 def _peak() -> float:
@@ -94,7 +95,8 @@ def main(config: ScanBenchmark) -> None:
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     assert (found["left"], found["done"]) == (config.left, config.records), found
     print(f"{config.records:,} finished shards, {config.left:,} left, pair shards given as a {config.pairs}")
-    print(f"scan         {found['seconds']:8.2f} s")
+    load = f"load average {os.getloadavg()[0]:.1f}"
+    print(f"scan         {found['seconds']:8.2f} s, of which {found['cpu']:.2f} s on a CPU; {load}")
     print(f"peak memory  {found['peak']:8.0f} MB, of which {found['before']:.0f} MB were there before the scan")
     listed = ", ".join(f"{count:,} for {what}" for what, count in requests(config))
     print(f"in an object store: list requests of {LIST_PAGE:,} names: {listed}")
