@@ -20,7 +20,7 @@ from latentclip.containers import LatentRows, parse
 from latentclip.errors import UsageError
 from latentclip.generations import is_ours, leftovers
 from latentclip.records import DatasetFile, Outcome, Record, ShardCorrupt, finished, keys_digest
-from latentclip.shards import read_shard, write_shard
+from latentclip.shards import find_record, read_shard, write_shard
 from latentclip.storage import Folder
 from latentclip.tombstones import Tombstones, add_tombstones, read_tombstones
 
@@ -111,13 +111,27 @@ def bury(folder: Folder, dataset: DatasetFile, record: Record, stones: Tombstone
         try:
             hits = [stones.found(key, values) for key, values in _samples(folder, dataset, record, stones)]
             if not any(hits):
-                return record, found
+                newest, fresh = (record, stones) if not found else _now(folder, dataset, record, stones)
+                if newest.generation == record.generation and fresh is stones:
+                    return record, found
+                record, stones = newest, fresh
+                continue
             record, found = _publish_without(folder, dataset, record, stones), found.union(*hits)
         except ShardCorrupt:  # or another remover superseded and purged it meanwhile
-            newest = finished(folder).get(record.shard, record.name)
-            if newest == record.name:
+            name = finished(folder).get(record.shard, record.name)
+            if name == record.name:
                 raise
-            record = Record.read(folder, newest)
+            record = Record.read(folder, name)
+
+
+def _now(folder: Folder, dataset: DatasetFile, record: Record, stones: Tombstones) -> tuple[Record, Tombstones]:
+    """The newest record and all tombstones after a generation was published.
+
+    Two removers that began from one generation may both have published, each without its own samples alone. Both added
+    their tombstones before, so that the one whose generation counts finds the other's here.
+    """
+    newest = find_record(folder, record.shard, dataset.container, record.generation)
+    return newest or record, read_tombstones(folder, stones)
 
 
 def _publish_without(folder: Folder, dataset: DatasetFile, record: Record, stones: Tombstones) -> Record:
