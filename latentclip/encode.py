@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentclip.audit import ShardQuarantined, judge, reference_of, with_reference
 from latentclip.batches import Batches
 from latentclip.codec import Codec
 from latentclip.decoders import DecoderPool
@@ -30,11 +31,12 @@ from latentclip.geometry import with_geometry
 from latentclip.guard import Guard, Started
 from latentclip.order import key_words, mix
 from latentclip.pairs import Pair, PairShard, Refusal
+from latentclip.quarantine import Quarantine
 from latentclip.records import Input, Outcome, Record, with_scales
 from latentclip.rejects import Rejected
 from latentclip.removal import honour_late_tombstones
 from latentclip.settings import EncodeSettings, dataset_file
-from latentclip.shards import write_shard
+from latentclip.shards import LatentRows, channel_statistics, find_record, write_shard
 from latentclip.storage import Folder
 from latentclip.tombstones import Removed, Tombstones, read_tombstones
 from latentclip.work import Work
@@ -75,7 +77,7 @@ class ShardEncoder:
         self.guard = Guard(codec, scaled=settings.scaled, kind=settings.kind)
         self.settings = settings
         self.folder = folder
-        self.dataset = with_scales(dataset_file(codec, settings), folder)
+        self.dataset = with_reference(with_scales(dataset_file(codec, settings), folder), folder, settings.audit)
         if settings.compile:
             codec.compile()
         self.decoders = DecoderPool(settings.preparation(), decoders)
@@ -86,12 +88,16 @@ class ShardEncoder:
         """Encode one shard (its first `limit` pairs) and publish it with its record.
 
         Returns the record, or the one that stands there already. Raises `ShardUnreadable` for a shard of which
-        nothing can be read, and ConservationError if a single pair is unaccounted for.
+        nothing can be read, ShardQuarantined for one that is out of bounds (it is published in the quarantine), and
+        ConservationError if a single pair is unaccounted for.
         """
         source = PairShard(shard_url, self.settings.columns)
         stones = self._stones = read_tombstones(self.folder, self._stones)
         filtered: dict[str, list[str]] = {}
         work = self.work(self.settings.filters.sift(stones.mark(islice(iter(source), limit)), filtered))
+        rows = work.rows()
+        with self._observed("codec"):
+            statistics = work.audit.statistics(rows, self.dataset, self.guard)
         outcome = Outcome(
             source.stem,
             Input(source.name, source.size),
@@ -102,14 +108,30 @@ class ShardEncoder:
             truncated=source.truncated,
             reencoded=work.reencoded,
             clipped=work.clipped,
+            statistics=statistics,
         )
+        problem = self._problem(rows, statistics)
+        if problem and not find_record(self.folder, source.stem, self.dataset.container):
+            self._publish(Quarantine(self.folder), rows, outcome, stones)
+            raise ShardQuarantined(
+                f"{source.name} is quarantined: {problem}; look at it, and release {source.stem} or delete it there"
+            )
+        return self._publish(self.folder, rows, outcome, stones)
+
+    def _publish(self, folder: Folder, rows: LatentRows, outcome: Outcome, stones: Tombstones) -> Record:
         with self._observed("publish"):
-            record = write_shard(self.folder, self.dataset, work.rows(), outcome)
-        return honour_late_tombstones(self.folder, self.dataset, record, stones)
+            record = write_shard(folder, self.dataset, rows, outcome)
+        return honour_late_tombstones(folder, self.dataset, record, stones)
+
+    def _problem(self, rows: LatentRows, statistics: dict[str, list[float]]) -> str:
+        """Why a shard is to be quarantined, or nothing."""
+        reference = reference_of(self.dataset)
+        channels = channel_statistics(rows.latents[0], self.dataset.latent_space) if reference else {}
+        return judge({**statistics, **channels}, len(rows), self.settings.audit, reference)
 
     def work(self, items: Iterator[Pair | Dropped]) -> Work:
         """Decode and encode pairs, in order; publishes nothing."""
-        work = Work(self.dataset, self.settings.tokens)
+        work = Work(self.dataset, self.settings.tokens, self.settings.audit.decoded)
         started: deque[_Started] = deque()
         for batch in self._batches(work, self._prepare(items)):
             started.append(self._start(batch))
@@ -186,7 +208,8 @@ class ShardEncoder:
         """Wait for a batch and add it to the others of the shard."""
         with self._observed("codec"):
             latents, again = zip(*(view.result() for view in started.views), strict=True)
-        work.store(started.pairs, [values.numpy() for values in latents], again, started.numbers)
+        stored = work.store(started.pairs, [values.numpy() for values in latents], again, started.numbers)
+        work.audit.look(started.pairs, started.views[0].pixels.numpy(), started.numbers, stored)
 
 
 @dataclass

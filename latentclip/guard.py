@@ -53,6 +53,18 @@ class Guard:
             return self._halving(self._wide, pixels, seeds).cpu()
 
     @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor | None:
+        """Decode scaled latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1] on the CPU.
+
+        None if the codec has no decoder, or if it does not fit in the accelerator's memory.
+        """
+        with self._free:
+            try:
+                return self.codec.decode(latents).cpu() if hasattr(self.codec.module, "decode") else None
+            except (NotImplementedError, torch.OutOfMemoryError):
+                return None
+
+    @torch.no_grad()
     def _halving(self, codec: Codec, pixels: Tensor, seeds: Sequence[int] | None) -> Tensor:
         """Float32 latents (b, c, h, w) on the device."""
         try:

@@ -78,6 +78,8 @@ class Outcome:
     """Stored latents that were not finite at first and were computed again in float32."""
     clipped: int = 0
     """Values of stored latents that lie beyond the range of int8."""
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+    """Of the images, as they were encoded; those of the channels are added when the shard is written."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Record:
     removed_keys: list[str]
     truncated: bool
     statistics: dict[str, list[float]]
-    """`channel_mean` and `channel_std` over the samples and cells of the first view; empty lists if none is stored."""
+    """`channel_mean` and `channel_std` over the samples and cells of the first view; empty lists if none is stored.
+    `black_share`, `constant_share`, `duplicates` and `psnr` are of the images as they were encoded (`audit`)."""
     format_version: int = FORMAT_VERSION
     reencoded: int = 0
     """Stored latents that were not finite at first and were computed again in float32."""

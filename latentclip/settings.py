@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, Literal
 
+from latentclip.audit import AuditBounds
 from latentclip.codec import Codec
 from latentclip.decoders import Preparation
 from latentclip.errors import UsageError, require_at_least
@@ -60,6 +61,8 @@ class EncodeSettings:
     """Where image, caption and key stand in a pair."""
     filters: Filters = field(default_factory=Filters)
     """What a pair's metadata must fulfil."""
+    audit: AuditBounds = field(default_factory=AuditBounds)
+    """What quarantines a shard."""
 
     def __post_init__(self) -> None:
         counts = {"image_size": self.image_size, "views": self.views, "batch_size": self.batch_size}
@@ -76,11 +79,12 @@ class EncodeSettings:
         values = {name: value for name, value in asdict(self).items() if name in names}
         if self.resize == "buckets":
             values["buckets"] = [[height, width] for width, height in self.preparation().sizes]
-        return {**values, "recipe": asdict(self.recipe) if self.views > 1 else None, **self._filters()}
+        return {**values, "recipe": asdict(self.recipe) if self.views > 1 else None, **self._set()}
 
-    def _filters(self) -> dict[str, Any]:
-        filters = self.filters.to_json()
-        return {"filters": filters} if filters else {}
+    def _set(self) -> dict[str, Any]:
+        """Filters and bounds, if any are set."""
+        values = {"filters": self.filters.to_json(), "audit": self.audit.to_json()}
+        return {name: value for name, value in values.items() if value}
 
 
 def dataset_file(codec: Codec, settings: EncodeSettings) -> DatasetFile:

@@ -36,6 +36,7 @@ __all__ = [
     "Outcome",
     "Record",
     "ShardCorrupt",
+    "channel_statistics",
     "find_record",
     "finished",
     "read_shard",
@@ -108,7 +109,7 @@ def _record(
         filtered_keys={reason: list(keys) for reason, keys in outcome.filtered_keys.items()},
         removed_keys=list(outcome.removed_keys),
         truncated=outcome.truncated,
-        statistics=_statistics(rows.latents[0], space),
+        statistics={**outcome.statistics, **channel_statistics(rows.latents[0], space)},
         reencoded=outcome.reencoded,
         clipped=outcome.clipped,
     )
@@ -116,7 +117,7 @@ def _record(
     return record
 
 
-def _statistics(latents: Latents, space: LatentSpace) -> dict[str, list[float]]:
+def channel_statistics(latents: Latents, space: LatentSpace) -> dict[str, list[float]]:
     """Mean and standard deviation of each channel of stored (n, c, h, w) latents."""
     if not len(latents):
         return {"channel_mean": [], "channel_std": []}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentclip.pairs import Pair, Refusal
+from latentclip.quarantine import Quarantine
 from latentclip.records import ShardCorrupt, keys_digest, seal, unseal
 from latentclip.storage import Folder
 from latentclip.versions import FORMAT_VERSION
@@ -81,7 +82,8 @@ def add_tombstones(folder: Folder, entries: Iterable[str], column: str) -> None:
 
 
 def _subfolder(folder: Folder) -> Folder:
-    return Folder(folder.path(FOLDER))
+    home = folder.home if isinstance(folder, Quarantine) else folder
+    return Folder(home.path(FOLDER))
 
 
 def _name(entries: list[str], column: str) -> str:

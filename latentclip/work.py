@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from latentclip.audit import Audit
 from latentclip.containers import LatentRows
 from latentclip.pairs import Pair
 from latentclip.quantise import storable, stored_dtype, to_stored
@@ -21,8 +22,9 @@ from latentclip.tokens import tokenise
 class Work:
     """The stored and the refused pairs of a shard. Images are let go, and latents lie in a spool."""
 
-    def __init__(self, dataset: DatasetFile, tokens_of: str | None = None) -> None:
+    def __init__(self, dataset: DatasetFile, tokens_of: str | None = None, decoded: int = 0) -> None:
         """Nothing so far; `tokens_of` is the model whose tokens are stored, if any are."""
+        self.audit = Audit(decoded)
         self.dataset, self.tokens_of = dataset, tokens_of
         self.space = dataset.latent_space
         self.dtype = stored_dtype(self.space)
@@ -48,11 +50,11 @@ class Work:
         views: list[np.ndarray],
         again: Sequence[Sequence[int]] = (),
         numbers: Sequence[int] | None = None,
-    ) -> None:
+    ) -> list[bool]:
         """Add pairs with their float32 latents, one array (n, c, h, w) a view; what is not finite is refused.
 
         `again` has the rows of each view that were computed twice. `numbers` are the pairs' places in the pair shard,
-        if they do not come in its order; `sort` then restores it.
+        if they do not come in its order; `sort` then restores it. Returns which of them are stored.
         """
         finite = np.logical_and.reduce([storable(latents, self.space) for latents in views])
         shape, offset = views[0].shape[1:], self.views[0].tell()
@@ -72,6 +74,8 @@ class Work:
             spool.append(stored)
             self.clipped += clipped
         self.reencoded += sum(int(finite[list(rows)].sum()) for rows in again)
+        stored: list[bool] = finite.tolist()
+        return stored
 
     def sort(self) -> None:
         """Put rows and rejects into the order of the pair shard."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentclip.pairs import SUFFIXES
+from latentclip.quarantine import quarantined
 from latentclip.records import finished
 from latentclip.storage import Folder, list_shards, shard_stem
 
 
 def remaining_shards(pairs: str | Path, latents: Folder) -> tuple[list[str], list[str]]:
-    """All pair shards that `list_shards` finds, and those among them without a record; raises as it does."""
+    """All pair shards that `list_shards` finds, and those among them without a record, quarantine included; raises as it does."""
     shards = list_shards(pairs, SUFFIXES)
     done = finished(latents)
+    done |= quarantined(latents, done)
     return shards, [url for url in shards if shard_stem(url, SUFFIXES) not in done]
