@@ -11,11 +11,13 @@ import tyro
 from latentclip.clean import clean, parse_age
 from latentclip.errors import UsageError
 from latentclip.migrate import migrate
+from latentclip.release import release
 from latentclip.removal import remove
 from latentclip.status import status
 from latentclip.storage import read_bytes
 
 Tars = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARS")]
+Shards = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARD...")]
 Latents = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LATENTS")]
 
 
@@ -54,6 +56,22 @@ def status_command(latents: Latents, pairs: str | None = None, records: bool = T
     found = status(latents, pairs, records)
     _print(found, json)
     return 2 if found.problems else 0
+
+
+def release_command(latents: Latents, shards: Shards, json: bool = False) -> int:
+    """Publish quarantined shards among the others, after you looked at them.
+
+    May be killed and run again. To encode one again instead, delete its files in LATENTS/quarantine/ and run encode.
+    Exit status: 0 done; 1 if a shard is not in quarantine or cannot be read; 3 wrong usage.
+
+    Args:
+        latents: Folder or URL of the latents.
+        shards: Names of the shards, as verify lists them.
+        json: Print one JSON object.
+    """
+    done = release(latents, shards)
+    _print(done, json)
+    return 1 if done.problems else 0
 
 
 def clean_command(latents: Latents, older_than: str = "1h", dry_run: bool = False, json: bool = False) -> int:
@@ -140,6 +158,7 @@ def _print(result: Any, json: bool) -> None:
 COMMANDS: dict[str, Callable[..., int]] = {
     "remove": remove_command,
     "status": status_command,
+    "release": release_command,
     "clean": clean_command,
     "migrate": migrate_command,
     "import-latents": import_command,

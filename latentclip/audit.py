@@ -150,8 +150,7 @@ def judge(statistics: Statistics, rows: int, bounds: AuditBounds, reference: Sta
 def drift(statistics: Statistics, reference: Statistics) -> float:
     """Largest distance of a channel's mean from the reference's, in the reference's standard deviations."""
     mean, expected, deviation = (
-        np.array(values)
-        for values in (statistics["channel_mean"], reference["channel_mean"], reference["channel_std"])
+        np.array(values) for values in (statistics["channel_mean"], reference["channel_mean"], reference["channel_std"])
     )
     return float((np.abs(mean - expected) / np.maximum(deviation, 1e-12)).max())
 

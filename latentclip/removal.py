@@ -19,6 +19,7 @@ from latentclip._rows import take
 from latentclip.containers import LatentRows, parse
 from latentclip.errors import UsageError
 from latentclip.generations import is_ours, leftovers
+from latentclip.quarantine import Quarantine
 from latentclip.records import DatasetFile, Outcome, Record, ShardCorrupt, finished, keys_digest
 from latentclip.shards import find_record, read_shard, write_shard
 from latentclip.storage import Folder
@@ -86,18 +87,22 @@ def remove(latents: str, entries: Iterable[str] = (), column: str = "url", purge
     if listed:
         add_tombstones(folder, listed, column)
     stones = read_tombstones(folder)
-    records = list(finished(folder).values())
+    places = (folder, Quarantine(folder))
+    records = [(place, name) for place in places for name in finished(place).values()]
     done = Removal()
     found: set[str] = set()
     with ThreadPoolExecutor(WORKERS) as pool:
-        results = pool.map(lambda name: _remove_from(folder, dataset, name, stones), records)
+        results = pool.map(lambda each: _remove_from(each[0], dataset, each[1], stones), records)
         for result in tqdm(results, total=len(records), unit="shard", disable=None):
             done.removed += result.removed
             done.shards += result.removed > 0
             done.problems += [result.problem] if result.problem else []
             found |= result.found
     done.unmatched = len(listed - found)
-    done.purged, done.kept = _purge(folder, dataset.container, purge)
+    for place in places:
+        purged, kept = _purge(place, dataset.container, purge)
+        done.purged += purged
+        done.kept += kept
     return done
 
 

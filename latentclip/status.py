@@ -12,6 +12,7 @@ from typing import Any
 
 from latentclip.errors import UsageError
 from latentclip.generations import leftovers
+from latentclip.quarantine import quarantined
 from latentclip.records import RECORD_SUFFIX, DatasetFile, Record, finished
 from latentclip.storage import Folder, list_shards, shard_stem
 from latentclip.tombstones import read_tombstones
@@ -35,6 +36,8 @@ class Status:
     """None if the pair shards are not known."""
     unfinished: list[str] = field(default_factory=list)
     """Data files without a record: being written, or left by a killed writer."""
+    quarantined: list[str] = field(default_factory=list)
+    """Shards that were out of bounds and wait for a person; neither done nor to do."""
     superseded: int = 0
     """Data files of older generations."""
     tombstones: int = 0
@@ -66,6 +69,7 @@ class Status:
             shown += [("rejected", sum(self.rejected.values()))]
             shown += [(f"  {reason}", count) for reason, count in sorted(self.rejected.items())]
         shown += [("filtered", self.filtered), ("removed", self.removed), ("tombstones", self.tombstones)]
+        shown += [("quarantined shards", len(self.quarantined))] * bool(self.quarantined)
         shown += [("unfinished data files", len(self.unfinished)), ("superseded data files", self.superseded)]
         lines = [f"{name:<26}{'unknown' if count is None else f'{count:,}':>16}" for name, count in shown]
         if self.last_activity:
@@ -94,23 +98,25 @@ def status(latents: str, pairs: str | None = None, records: bool = True) -> Stat
     dataset = DatasetFile.read(folder)
     written = folder.modified()
     done = finished(folder, written)
+    held = quarantined(folder, done)
     files = leftovers(written, dataset.container)
     result = Status(
         latents=folder.url,
         shards_done=len(done),
         unfinished=files.unrecorded,
+        quarantined=sorted(held),
         superseded=len(files.superseded),
         tombstones=sum(map(len, read_tombstones(folder).entries.values())),
         runs=[_last_run(folder, name) for name in sorted(written) if name.endswith(LOG_SUFFIX)],
     )
-    result.shards_to_do = _to_do(folder, pairs, done)
+    result.shards_to_do = _to_do(folder, pairs, done | held)
     planned = _count(result, folder, done.values()) if records else {}
     _rate(result, {name: time for name, time in written.items() if name.endswith(RECORD_SUFFIX)}, planned)
     return result
 
 
 def _to_do(folder: Folder, pairs: str | None, done: dict[str, str]) -> int | None:
-    """Pair shards without a record; None if no pairs are given, and the last encode's are out of reach."""
+    """Pair shards without a record, quarantine included; None if no pairs are given, and the last encode's are out of reach."""
     source = pairs
     try:
         if source is None:

@@ -22,6 +22,7 @@ from latentclip.duplicates import KeyIndex
 from latentclip.errors import UsageError
 from latentclip.order import key_words
 from latentclip.quantise import all_finite
+from latentclip.quarantine import Quarantine, quarantined
 from latentclip.records import (
     DATASET_FILE,
     SUFFIXES,
@@ -69,6 +70,8 @@ class ShardNames:
     source: str | None
     has_data: bool = True
     """Whether the data file that the record's generation has is there."""
+    quarantined: bool = False
+    """Whether both lie in the quarantine."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,17 @@ def make_plan(latents: str, pairs: str | None = None, depth: Depth = "bytes", co
     names = folder.names()
     records = finished(folder, names)
     report = Report(shards=len(records), unfinished_shards=list(_unfinished(names, records)))
+    held = quarantined(folder, records)
+    report.quarantined_shards = sorted(held)
+    there = {*names, *(Quarantine(folder).names() if held else ())}
     if pairs:
         if _limit_is_reached(folder, dataset, records):
-            sources = {stem: url for stem, url in sources.items() if stem in records}
-        report.missing_shards = sorted(set(sources) - set(records))
-        report.unmatched_shards = sorted(set(records) - set(sources))
-    there = set(names)
+            sources = {stem: url for stem, url in sources.items() if stem in records or stem in held}
+        report.missing_shards = sorted(set(sources) - set(records) - set(held))
+        report.unmatched_shards = sorted((set(records) | set(held)) - set(sources))
+    records |= held
     shards = [
-        ShardNames(stem, records.get(stem), sources.get(stem), _data_of(stem, records, dataset) in there)
+        ShardNames(stem, records.get(stem), sources.get(stem), _data_of(stem, records, dataset) in there, stem in held)
         for stem in sorted(set(sources) | set(records))
     ]
     return Plan(Checks(latents, dataset, depth, codec, read_tombstones(folder)), shards, report)
@@ -194,7 +200,8 @@ def check_shard(checks: Checks, shard: ShardNames) -> Checked:
         if shard.record is None:
             _check_pending(checks, shard, report)
         else:
-            checked = _check_record(checks, shard, Folder(checks.latents), report)
+            home = Folder(checks.latents)
+            checked = _check_record(checks, shard, Quarantine(home) if shard.quarantined else home, report)
     except (UsageError, FileNotFoundError) as error:
         report.bad_shards.append({"shard": shard.stem, "problem": str(error)})
     except OSError as error:
@@ -205,7 +212,7 @@ def check_shard(checks: Checks, shard: ShardNames) -> Checked:
 def _check_record(checks: Checks, shard: ShardNames, folder: Folder, report: Report) -> Checked:
     assert shard.record is not None
     record = Record.read(folder, shard.record)
-    report.add(record)
+    report.add(record, shard.quarantined)
     url = folder.path(record.data)
     if checks.depth == "records":
         if not shard.has_data:

@@ -8,7 +8,7 @@ from typing import Any
 
 from latentclip.records import Record
 
-_TITLES = ("truncated", "unfinished", "missing", "unmatched")
+_TITLES = ("truncated", "unfinished", "missing", "unmatched", "quarantined")
 
 
 @dataclass
@@ -23,7 +23,9 @@ class Report:
     """Of them, by the filter that dropped them."""
     removed: int = 0
     pending: int = 0
-    """Samples of pair shards that have no record yet; 0 where no pairs were read."""
+    """Samples of pair shards that have no record yet (0 where no pairs were read), and quarantined ones."""
+    quarantined: int = 0
+    """Of them, samples in quarantined shards that a release would store."""
     shards: int = 0
     bad_shards: list[dict[str, str]] = field(default_factory=list)
     """`{"shard", "problem"}` each."""
@@ -37,6 +39,8 @@ class Report:
     """Pair shards without a record."""
     unmatched_shards: list[str] = field(default_factory=list)
     """Records without a pair shard."""
+    quarantined_shards: list[str] = field(default_factory=list)
+    """Shards that were out of bounds and wait for a person."""
     decoded: int = 0
     """Samples that were decoded."""
     lowest_psnr: float | None = None
@@ -67,6 +71,7 @@ class Report:
         rows += [("filtered", self.filtered)]
         rows += [(f"  {name}", count) for name, count in sorted(self.filtered_by.items())]
         rows += [("removed", self.removed), ("pending", self.pending)]
+        rows += [("  quarantined", self.quarantined)] * bool(self.quarantined)
         rows += [("shards", self.shards)] + [("decoded", self.decoded)] * bool(self.decoded)
         rows += [("keys in two shards", self.duplicate_keys)] * bool(self.duplicate_keys)
         lines = [f"{name:<26}{count:>16,}" for name, count in rows]
@@ -79,10 +84,14 @@ class Report:
         lines += [f"duplicate key: {each['key']!r} in {' and '.join(each['shards'])}" for each in self.duplicates]
         return "\n".join([*lines, self.state])
 
-    def add(self, record: Record) -> None:
-        """Count the samples of one record."""
+    def add(self, record: Record, quarantined: bool = False) -> None:
+        """Count the samples of one record; what a quarantined one stores is pending."""
         self.planned += record.counts.planned
-        self.stored += record.counts.stored
+        if quarantined:
+            self.pending += record.counts.stored
+            self.quarantined += record.counts.stored
+        else:
+            self.stored += record.counts.stored
         self.rejected.update(record.rejects)
         self.filtered += record.counts.filtered
         self.filtered_by.update({name: len(keys) for name, keys in record.filtered_keys.items()})

@@ -23,12 +23,14 @@ from typing import Any
 import ray
 import torch
 
+from latentclip.audit import ShardQuarantined, with_reference
 from latentclip.calibrate import measure, publish_with_scales
 from latentclip.codec import Precision, arithmetic, load_codec
 from latentclip.encode import ShardEncoder, dataset_file
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.pairs import SUFFIXES, PairColumns, PairShard, ShardUnreadable
+from latentclip.quarantine import quarantined
 from latentclip.records import Record
 from latentclip.retry import due, parse_reasons, retried, retry
 from latentclip.storage import Folder, list_shards
@@ -83,7 +85,8 @@ class Encoder:
                     return self.retry(url, limit if limit >= 0 else None, name)
                 record = self.encoder.encode(url, limit if limit >= 0 else None)
         except (UsageError, OSError) as error:
-            problem = str(error) if isinstance(error, ShardUnreadable) else f"{url} is not encoded: {error}"
+            named = isinstance(error, ShardUnreadable | ShardQuarantined)
+            problem = str(error) if named else f"{url} is not encoded: {error}"
             return {"shard": url, **NOTHING, "problem": problem}
         self.metrics.finished(record.counts.stored, record.rejects)
         return {
@@ -215,11 +218,14 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     dataset = replace(dataset_file(probe, config.settings), limit=config.limit)
     latents = f"latents {dataset.latent_shape} of {dataset.latent_space}"
     retries = f", {len(again)} to retry" if config.retry else ""
-    print(f"encode: {done} shards done, {len(unfinished)} to do{retries}, {latents}", flush=True)
+    held = len(quarantined(Folder(config.latents), ()))
+    done_so = f"{done} shards done" + (f" ({held} of the folder in quarantine)" if held else "")
+    print(f"encode: {done_so}, {len(unfinished)} to do{retries}, {latents}", flush=True)
     total: dict[str, Any] = {"planned": 0, "stored": 0, "rejected": 0, "reencoded": 0, "halved": 0, "problems": []}
     if config.dry_run:
         return total
     folder = Folder(config.latents)
+    dataset = with_reference(dataset, folder, config.settings.audit)
     with cluster(config.ray_address), StageLog(folder, "encode") as log:
         warn_unless_shared(config.latents)
         config = replace(config, precision=precision_here(config))

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,7 +73,8 @@ def probe(config: EncodeConfig, threads: int, credentials: Sealed, shards: Seque
     share, started = -(-config.plan_samples // len(shards)), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="latentclip-plan-") as folder:
         codec, decoders = load_codec(config.codec, device=device), config.decoders or threads
-        encoder = ShardEncoder(codec, config.settings, Folder(f"{folder}/warm"), decoders)
+        settings = replace(config.settings, audit=config.settings.audit.unjudged())
+        encoder = ShardEncoder(codec, settings, Folder(f"{folder}/warm"), decoders)
         encoder.encode(shards[0][0], config.settings.batch_size)
         encoder.folder = Folder(f"{folder}/probe")
         warm = time.perf_counter()
