@@ -18,6 +18,7 @@ from latentclip._pair import (
     make_pair,
     refuse,
 )
+from latentclip._parquet_footer import ColumnChunk, column_chunks
 from latentclip.rejects import Reason, Rejected
 
 _BATCH_ROWS = 32
@@ -37,9 +38,10 @@ def read_parquet(file: BinaryIO, stem: str, columns: PairColumns, max_image_byte
     column that unpacks to far more than its size, or a table without an image or a caption column.
     """
     try:
+        chunks = column_chunks(file)
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         rows = _Rows(parquet.schema_arrow, stem, columns, max_image_bytes)
-        size = _batch_size(parquet.metadata, rows.needed)
+        size = _batch_size(chunks, rows.needed)
         for batch in parquet.iter_batches(batch_size=size, columns=rows.needed):
             yield from rows.items(batch)
     except ShardUnreadable:
@@ -48,19 +50,16 @@ def read_parquet(file: BinaryIO, stem: str, columns: PairColumns, max_image_byte
         raise ShardUnreadable(f"it is no sound Parquet file ({error})") from None
 
 
-def _batch_size(metadata: pq.FileMetaData, needed: list[str]) -> int:
+def _batch_size(chunks: list[ColumnChunk], needed: list[str]) -> int:
     """How many rows to decode at a time; raises ShardUnreadable for a decompression bomb."""
     largest = 1
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema.partition(".")[0] not in needed:
-                continue
-            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-            if unpacked > max(_BOMB_BYTES, _BOMB_RATIO * packed):
-                raise ShardUnreadable(f"its column {chunk.path_in_schema} unpacks from {packed} to {unpacked} bytes")
-            if chunk.has_dictionary_page:  # each row may be its largest value; what is no dictionary is still packed
-                dictionary = chunk.data_page_offset - chunk.dictionary_page_offset
-                largest = max(largest, unpacked - packed + dictionary)
+    for chunk in chunks:
+        if chunk.column not in needed:
+            continue
+        if chunk.unpacked > max(_BOMB_BYTES, _BOMB_RATIO * chunk.packed):
+            raise ShardUnreadable(f"its column {chunk.column} unpacks from {chunk.packed} to {chunk.unpacked} bytes")
+        if chunk.dictionary:  # each row may be its largest value; what is no dictionary is still packed
+            largest = max(largest, chunk.unpacked - chunk.packed + chunk.dictionary)
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
 
 

@@ -95,7 +95,7 @@ def latent_shards() -> list[tuple[str, bytes]]:
 def fuzz_image(generator: random.Random, _: Path) -> None:
     data = mutate(generator, generator.choice(images()), generator.choice(images()))
     with suppress(Rejected):
-        assert _PREPARATION.pixels("key", data).shape == (1, 32, 32, 3)
+        assert _PREPARATION.prepare("key", data).pixels.shape == (1, 32, 32, 3)
 
 
 def fuzz_pairs(generator: random.Random, folder: Path) -> None:

@@ -66,6 +66,7 @@ def test_shards_added_later_are_all_that_is_encoded(ray_cluster: None, tmp_path:
     assert sum(len(rows) for rows in LatentDataset(tmp_path / "latents")) == 12
 
 
+@pytest.mark.filterwarnings("ignore:`ray_remote_args` is deprecated")  # threads undo each other's filters of warnings
 def test_two_slices_at_once_make_the_data_set_of_one_run(ray_cluster: None, tmp_path: Path) -> None:
     pairs = emoji_shards(tmp_path / "pairs", shards=5, rows=4)
     first = config(pairs, tmp_path / "parts", shards="0:2")
