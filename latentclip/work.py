@@ -70,8 +70,8 @@ class Work:
             self.places.append((shape, offset))
             offset += math.prod(shape) * self.dtype.itemsize
         for spool, latents in zip(self.views, views, strict=True):
-            stored, clipped = to_stored(latents[finite], self.space)
-            spool.append(stored)
+            values, clipped = to_stored(latents[finite], self.space)
+            spool.append(values)
             self.clipped += clipped
         self.reencoded += sum(int(finite[list(rows)].sum()) for rows in again)
         stored: list[bool] = finite.tolist()

@@ -15,7 +15,7 @@ from latentclip.storage import Folder, list_shards, shard_stem
 
 
 def remaining_shards(pairs: str | Path, latents: Folder) -> tuple[list[str], list[str]]:
-    """All pair shards that `list_shards` finds, and those among them without a record, quarantine included; raises as it does."""
+    """All pair shards that `list_shards` finds, and those without a record, be it in quarantine; raises as it does."""
     shards = list_shards(pairs, SUFFIXES)
     done = finished(latents)
     done |= quarantined(latents, done)

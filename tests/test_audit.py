@@ -282,7 +282,7 @@ def test_a_reference_of_other_latents_or_of_none_is_refused(tmp_path: Path) -> N
     from latent_samples import fill, make_dataset
 
     fill(tmp_path / "other", shards=1)
-    with pytest.raises(UsageError, match="the reference .* is of latent space test"):
+    with pytest.raises(UsageError, match=r"the reference .* is of latent space test"):
         encoder(tmp_path / "a", audit=AuditBounds(reference=str(tmp_path / "other")))
     with pytest.raises(UsageError, match="holds no latents"):
         encoder(tmp_path / "b", audit=AuditBounds(reference=str(tmp_path / "absent")))

@@ -76,7 +76,7 @@ def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(LocalStore, "names", counted)
     assert remaining_shards(tmp_path / pairs, Folder(tmp_path / "latents"))[1] == paths
-    assert sorted(listed) == ["latents", "pairs"]
+    assert sorted(listed) == ["latents", "pairs", "quarantine"]
 
 
 def test_the_benchmark_measures_a_scan(tmp_path: Path) -> None:
