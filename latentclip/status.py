@@ -116,7 +116,7 @@ def status(latents: str, pairs: str | None = None, records: bool = True) -> Stat
 
 
 def _to_do(folder: Folder, pairs: str | None, done: dict[str, str]) -> int | None:
-    """Pair shards without a record, be it in quarantine; None if there are no pairs to be had, given or the last encode's."""
+    """Pair shards without a record, be it in quarantine; None if neither pairs nor the last encode tell of any."""
     source = pairs
     try:
         if source is None:
