@@ -316,11 +316,11 @@ class Kill:
 
 
 def schedule(seed: int, shards: int, kills: dict[Kind, int]) -> list[Kill]:
-    """Kills in random order and at random times while the job is at its first nine tenths."""
+    """Kills in random order and at random times while the job is at its first three quarters."""
     rng = random.Random(seed)
     kinds = [kind for kind, count in kills.items() for _ in range(count)]
     rng.shuffle(kinds)
-    times = sorted(rng.randrange(max(1, shards * 9 // 10)) for _ in kinds)
+    times = sorted(rng.randrange(max(1, shards * 3 // 4)) for _ in kinds)
     return [Kill(time, kind, rng.uniform(0, 2)) for time, kind in zip(times, kinds, strict=True)]
 
 

@@ -30,7 +30,8 @@ from latentclip.verify import verify
 from pipelines.pool import ActorsLost, answers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
-SHARDS, ROWS, SEED = 18, 64, 20261125
+SHARDS, ROWS, VIEWS, SEED = 18, 200, 4, 20261125
+"""A shard takes some seconds on a fast and idle machine, so that the job outlasts its kills."""
 KILLS = {"worker": 3, "decoder": 1, "raylet": 2, "driver": 1}
 
 
@@ -42,7 +43,7 @@ def nodes() -> Iterator[Nodes]:
 
 def undisturbed(nodes: Nodes, pairs: Path, latents: Path) -> dict[str, bytes]:
     """What the command makes of the pairs if nothing is killed."""
-    job = Job(nodes.address, pairs, latents, encoders=1)
+    job = Job(nodes.address, pairs, latents, encoders=2, views=VIEWS)
     job.start()
     assert job.process.wait() == 0, job.output()
     return published_files(latents)
@@ -52,7 +53,7 @@ def undisturbed(nodes: Nodes, pairs: Path, latents: Path) -> dict[str, bytes]:
 def test_a_job_under_kills_ends_with_the_bytes_of_an_undisturbed_one(nodes: Nodes, tmp_path: Path) -> None:
     print("seed", SEED)
     pairs = write_pairs(tmp_path / "pairs", SHARDS, ROWS)
-    job = Job(nodes.address, pairs, tmp_path / "latents", encoders=2)
+    job = Job(nodes.address, pairs, tmp_path / "latents", encoders=2, views=VIEWS)
     with Reader(job.latents) as reader:
         killed = survive(job, nodes, reader, schedule(SEED, SHARDS, KILLS), SEED)  # type: ignore[arg-type]
     assert killed == KILLS
