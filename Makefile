@@ -14,7 +14,7 @@ install: $(INSTALLED)  ## install into .venv exactly what requirements.lock name
 demo: $(INSTALLED)  ## pairs -> latents -> model -> metrics on emoji, to runs/demo/report.html (under 8 minutes on 2 cores)
 	$(BIN)/python pipelines/demo.py
 
-test: $(INSTALLED)  ## run every test (under 10 minutes on 2 cores)
+test: $(INSTALLED)  ## run every test (about 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -q
 
 lint: $(INSTALLED)  ## ruff, ruff format and mypy over the whole tree
