@@ -22,8 +22,8 @@ from pathlib import Path
 
 import diffusers
 import tyro
+from encode import write_pairs  # beside this file
 
-from benchmarks.encode import write_pairs
 from latentclip import allocator
 from latentclip.codec import load_codec
 from latentclip.encode import EncodeSettings, ShardEncoder

@@ -1,6 +1,6 @@
 """The quality of an encoded shard: how many images are black, constant or there twice, and whether latents decode.
 
-    audit = Audit(decoded=2)
+    audit = Audit(decoded=1)
     audit.look(pairs, pixels, numbers, stored)  # batch by batch
     statistics = audit.statistics(rows, dataset, guard)  # into the record
     problem = judge(record.statistics, rows, bounds)  # "" or why the shard is to be quarantined
@@ -11,7 +11,7 @@ All figures are of the shard alone, so that they are the same whoever encodes it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -50,7 +50,7 @@ class AuditBounds:
     """Largest share of black images."""
     constant: float = 0.5
     """Largest share of images of a single colour."""
-    decoded: int = 2
+    decoded: int = 1
     """Stored images of each shard that the codec decodes again, for their PSNR; 0: none."""
     psnr: float | None = None
     """Least mean PSNR of those, in decibels; default: not judged."""
@@ -62,7 +62,7 @@ class AuditBounds:
     def __post_init__(self) -> None:
         require_at_least(0, **{f"audit.{name}": getattr(self, name) for name in ("black", "constant", "decoded")})
         if self.psnr is not None and not self.decoded:
-            raise UsageError("--audit.psnr needs decoded samples; give --audit.decoded 2 or more, or no --audit.psnr")
+            raise UsageError("--audit.psnr needs decoded samples; give --audit.decoded 1 or more, or no --audit.psnr")
 
     def to_json(self) -> dict[str, Any]:
         """Those that are set, for the dataset file; of a reference the figures stand there, not its path."""
@@ -182,10 +182,15 @@ def read_reference(latents: str, like: DatasetFile) -> Statistics:
     if differing := [name for name in ("scaled", "kind") if getattr(theirs, name) != getattr(ours, name)]:
         raise UsageError(f"the reference {latents} has other latents ({', '.join(differing)} differ); give another one")
     with ThreadPoolExecutor(READERS) as pool:
-        records = pool.map(lambda name: Record.read(folder, name), sorted(finished(folder).values()))
-        figures = [(each.counts.stored, each.statistics) for each in records if each.counts.stored]
-    if not figures:
+        records = list(pool.map(lambda name: Record.read(folder, name), sorted(finished(folder).values())))
+    if not any(each.counts.stored for each in records):
         raise UsageError(f"the reference {latents} stores nothing yet; give latents that are finished")
+    return channels_of(records)
+
+
+def channels_of(records: Iterable[Record]) -> Statistics:
+    """Mean and standard deviation of each channel over shards of which at least one stores something."""
+    figures = [(each.counts.stored, each.statistics) for each in records if each.counts.stored]
     weights = np.array([rows for rows, _ in figures], float)
     means, deviations = (np.array([each[name] for _, each in figures]) for name in ("channel_mean", "channel_std"))
     mean = np.average(means, 0, weights)

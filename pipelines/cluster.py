@@ -30,8 +30,8 @@ LOCAL_ENVIRONMENT = {
 }
 """Environment of a local cluster's processes, where the user has not set it."""
 
-QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
-"""Environment of this program's own core of Ray, which complains of the actors that Ray Data makes."""
+QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
+"""Environment of this program's own core of Ray, which complains of what Ray Data makes of lost actors."""
 
 LOCAL_OBJECT_STORE = 256 * 2**20
 """Bytes of shared memory of a local cluster: only names and records cross it, never pixels or latents."""

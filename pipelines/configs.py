@@ -139,6 +139,18 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Write LATENTS/report.html: what is in an encoded data set, and whether it is fit to be trained on."""
+
+    latents: str
+    """Folder or URL of the latents."""
+    pairs: str | None = None
+    """The pair shards they were made of (folder, pattern or list): shows images beside their latents."""
+    codec: str | None = None
+    """Codec that decodes what is shown; default: the packaged one for latents of its space."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A named set of values for all stages."""
 

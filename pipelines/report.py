@@ -1,6 +1,9 @@
 """The report of a run: gathers what the stages left on disk into one self-contained page.
 
-metrics.json, galleries.json, *.log.json, *.config.json, records, samples.jsonl  ->  OUT/report.html
+    metrics.json, galleries.json, *.log.json, *.config.json, records, samples.jsonl  ->  OUT/report.html
+    python pipelines/report.py --latents latents/ --pairs pairs/    # of an encoded data set alone
+
+The demo and the evaluation make theirs when they end.
 """
 
 from __future__ import annotations
@@ -17,17 +20,21 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import tyro
 
-from latentclip.codec import Codec
+from latentclip.codec import Codec, load_codec
 from latentclip.dataset import LatentDataset
 from latentclip.intervals import Metric
-from latentclip.records import SUFFIXES, Record, record_name, split_generation
+from latentclip.quality import summarise
+from latentclip.quarantine import quarantined
+from latentclip.records import SUFFIXES, Record, finished, record_name, split_generation
 from latentclip.report import (
     Counts,
     Credit,
     Evaluation,
     Example,
     Gallery,
+    Quality,
     Query,
     ReportData,
     Result,
@@ -37,6 +44,8 @@ from latentclip.report import (
 )
 from latentclip.storage import Folder, locate, shard_stem
 from latentclip.verify import Report
+from pipelines.cluster import absolute, absolute_source, run_program
+from pipelines.configs import ReportConfig
 from pipelines.report_pictures import Pictures, Row
 from pipelines.runlog import read_log
 
@@ -107,6 +116,7 @@ def gather(sources: ReportSources) -> ReportData:
         figures=_figures(evaluations, counts, training),
         stages=[*sources.stages, *_stages(sources, datasets)],
         counts=counts,
+        quality=[_quality(folder) for folder in _folders(datasets)],
         examples=_examples(sources, pictures),
         training=training,
         evaluations=evaluations,
@@ -160,7 +170,7 @@ def _figures(evaluations: list[Evaluation], counts: list[Counts], training: Trai
     for evaluation in evaluations[:4]:
         measure, what = ("top1", "zero-shot top-1") if "top1" in evaluation.metrics else ("image_to_text_r1", "R@1")
         figures.append((f"{100 * evaluation.metrics[measure].value:.1f} %", f"{what}, {evaluation.name}"))
-    figures.append((f"{sum(count.stored for count in counts):,}", "images judged"))
+    figures.append((f"{sum(count.stored for count in counts):,}", "images judged" if evaluations else "images stored"))
     if training:
         figures.append((f"{training.steps[-1] + 1:,}", "training steps"))
     return figures
@@ -201,6 +211,13 @@ def _counts(name: str, dataset: LatentDataset) -> Counts:
     return Counts(
         name, report.planned, report.stored, dict(report.rejected), report.filtered, report.removed, report.pending
     )
+
+
+def _quality(folder: Folder) -> Quality:
+    done = finished(folder)
+    with ThreadPoolExecutor(16) as pool:
+        records = list(pool.map(lambda name: Record.read(folder, name), sorted(done.values())))
+    return summarise(_name(folder), records, sorted(quarantined(folder, done)))
 
 
 def _record(url: str) -> Record:
@@ -284,3 +301,27 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def sources_of(config: ReportConfig) -> ReportSources:
+    """What the page of an encoded data set shows."""
+    latents = absolute(config.latents)
+    pairs = absolute_source(config.pairs) if config.pairs else None
+    return ReportSources(
+        out=latents,
+        sets={_name(Folder(latents)): LatentSet(latents, pairs)},
+        codec=load_codec(config.codec) if config.codec else None,
+        title="Latents of an image-text data set",
+        headline=f"What is in {config.latents}, and whether it is fit to be trained on.",
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 written, 2 for wrong input."""
+    config = tyro.cli(ReportConfig, args=list(arguments), prog="report.py")
+    print(f"report -> {write_report(sources_of(config))}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

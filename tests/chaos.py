@@ -119,6 +119,7 @@ class Nodes:
             "TMPDIR": str(self.temporary),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            "RAY_worker_niceness": "0",  # as of a local cluster, so that other work on the machine changes little
         }
         self.system_config = {**DETECTION, **system_config}
 

@@ -19,6 +19,7 @@ from latentclip.report import (
     Evaluation,
     Example,
     Gallery,
+    Quality,
     Query,
     ReportData,
     Result,
@@ -52,6 +53,10 @@ def report_data() -> ReportData:
         figures=[("3,953", "pairs")],
         stages=[Stage("encode", "pairs to latents", 75.0, 3000), Stage("train", "latents to a model", 3700.0)],
         counts=[Counts("emoji", 10, 7, {"image_broken": 2}, filtered=1), Counts("photos", 10, 7)],
+        quality=[
+            Quality("emoji", 2, 0.25, 0.5, 3, 24.5, (23.0, f"00001{SCRIPT}"), (1.25, "00000"), ["00007"]),
+            Quality("photos", 0, None, None, 0, None, None, None),
+        ],
         examples=[Example(f"\u202egnp {SCRIPT}", picture("c"), png_uri(preview, 8), picture("d"), 24.61)],
         training=Training(steps, [5 - s / 500 for s in steps], [1e-3] * 1000, [14.0] * 1000, chance_loss=5.5),
         evaluations=[
@@ -117,7 +122,7 @@ def test_the_page_is_well_formed(html: str, page: Page):
     assert len(ids) == len(set(ids))
     fragments = {value[1:] for _, value in page.values("href") + page.values("xlink:href") if value.startswith("#")}
     assert fragments <= set(ids)
-    assert fragments >= {"metrics", "galleries", "pipeline", "counts", "examples", "training", "config"}
+    assert fragments >= {"metrics", "galleries", "pipeline", "counts", "examples", "quality", "training", "config"}
     assert [tag for tag, _ in page.tags if tag == "h1"] == ["h1"]
 
 
@@ -145,12 +150,14 @@ def test_the_page_says_what_was_measured(page: Page):
         assert said in words
     for said in ("1 h 01 min", "hit, rank 2", "miss, rank 57", "right: a dog", "999 steps", "Style transfer is hard."):
         assert said in words
+    for said in ("emoji 2 25.00 % 50.00 % 3 24.5 dB least 23.0: 00001", "1.25 00000 00007", "photos 0 - - 0 - - none"):
+        assert said in words.replace(SCRIPT, "").replace("\N{EN DASH}", "-")
     metric = report_data().evaluations[0].metrics["image_to_text_r1"]
     assert f"33.5 % {100 * metric.low:.1f}\N{EN DASH}{100 * metric.high:.1f} chance 2.0 %" in words
 
 
 def test_counts_that_do_not_add_up_are_marked(html: str):
-    assert html.count("chip bad") == 1
+    assert html.count('<span class="chip bad">') == 1
     assert [counts.balanced for counts in report_data().counts] == [True, False]
 
 

@@ -57,6 +57,28 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What the audits of one data set's shards come to. None is what no shard has a figure of."""
+
+    dataset: str
+    shards: int
+    black: float | None
+    """Share of the stored images that are black."""
+    constant: float | None
+    """Share of those of a single colour."""
+    duplicates: int
+    """Images whose bytes another one of their shard has."""
+    psnr: float | None
+    """Decibels between decoded samples and their images, the mean over shards."""
+    lowest_psnr: tuple[float, str] | None
+    """Of the worst shard, with its name."""
+    drift: tuple[float, str] | None
+    """Largest distance of a shard's channel mean from that of all, in standard deviations, with the shard's name."""
+    quarantined: list[str] = field(default_factory=list)
+    """Shards that were out of bounds and wait for a person; they are in none of the figures."""
+
+
+@dataclass(frozen=True)
 class Training:
     """The course of a training run: one number a logged step in each list."""
 
@@ -127,6 +149,7 @@ class ReportData:
     """The few numbers to see first, as (value, what it is), for example ("3,953", "pairs encoded")."""
     stages: list[Stage] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)
+    quality: list[Quality] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     training: Training | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
