@@ -170,7 +170,10 @@ def _figures(evaluations: list[Evaluation], counts: list[Counts], training: Trai
     for evaluation in evaluations[:4]:
         measure, what = ("top1", "zero-shot top-1") if "top1" in evaluation.metrics else ("image_to_text_r1", "R@1")
         figures.append((f"{100 * evaluation.metrics[measure].value:.1f} %", f"{what}, {evaluation.name}"))
-    figures.append((f"{sum(count.stored for count in counts):,}", "images judged" if evaluations else "images stored"))
+    stored, planned = (sum(getattr(count, name) for count in counts) for name in ("stored", "planned"))
+    figures.append((f"{stored:,}", "images judged" if evaluations else "images stored"))
+    if not evaluations:
+        figures.append((f"{planned - stored:,}", "pairs not stored"))
     if training:
         figures.append((f"{training.steps[-1] + 1:,}", "training steps"))
     return figures
