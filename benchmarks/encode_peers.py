@@ -54,7 +54,11 @@ class Peers:
     shards: int = 30
     """The pairs are dealt into so many shards first; a shard's last batch is padded, so let them hold whole batches."""
     kill_at: float = 0.7
-    """Share of the pairs after which a program is killed."""
+    """Share of the pairs after which a program is killed; 0: not at all."""
+    programs: tuple[str, ...] = ("ours", "plain", "ray")
+    """Which are measured."""
+    compile: bool = False
+    """Let ours compile its encoder."""
     program: str | None = None
     """Run one of the peers in this process; used by the benchmark itself."""
     out: str = ""
@@ -193,7 +197,8 @@ def command(program: str, config: Peers, pairs: Path, out: Path) -> list[str]:
     """The command line of one program."""
     sizes = ("--image-size", str(config.image_size), "--batch-size", str(config.batch_size), "--codec", config.codec)
     if program == "ours":
-        return [sys.executable, "pipelines/encode.py", "photos", "--pairs", str(pairs), "--latents", str(out), *sizes]
+        flags = (*sizes, *(["--compile"] if config.compile else []))
+        return [sys.executable, "pipelines/encode.py", "photos", "--pairs", str(pairs), "--latents", str(out), *flags]
     arguments = ("--program", program, "--source", str(pairs), "--out", str(out), *sizes)
     return [sys.executable, "benchmarks/encode_peers.py", *arguments]
 
@@ -267,9 +272,10 @@ def main(config: Peers) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         total = deal(config, folder / "pairs")
-        for program in ("ours", "plain", "ray"):
+        for program in config.programs:
             undisturbed(program, config, folder / "pairs", folder / f"{program}-whole", total)
-            killed(program, config, folder / "pairs", folder / f"{program}-killed", total)
+            if config.kill_at:
+                killed(program, config, folder / "pairs", folder / f"{program}-killed", total)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "ray", "webdataset"))
     print(
         f"{total} pairs, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}"

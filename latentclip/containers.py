@@ -8,6 +8,7 @@ import tarfile
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from threading import Lock
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
@@ -30,6 +31,7 @@ _HEADER = b"latentclip"
 _TAR_HEADER = "__latents__"
 """WebDataset's readers pass over members of such names."""
 _LARGEST_EXACT_FLOAT = 2**53
+_PARSING = Lock()
 
 
 @dataclass
@@ -300,4 +302,12 @@ def _stack(members: dict[str, dict[str, bytes]], name: str, dtype: np.dtype, row
 
 
 def _arrays(members: dict[str, dict[str, bytes]], name: str) -> Iterator[np.ndarray]:
-    return (np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False) for files in members.values())
+    return (_load_npy(files[f"{name}.npy"]) for files in members.values())
+
+
+def _load_npy(data: bytes) -> np.ndarray:
+    # numpy parses the header by `ast`, in which threads of older CPythons (3.11.7, for one) disturb each other:
+    # "AST constructor recursion depth mismatch".
+    with _PARSING:
+        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array

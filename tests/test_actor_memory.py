@@ -10,7 +10,7 @@ from chaos import Job, Nodes, Reader, published_files, wait_until, working, writ
 
 from latentclip.verify import verify
 
-SHARDS, ROWS, VIEWS = 5, 200, 3
+SHARDS, ROWS, VIEWS = 12, 200, 4
 ROOM = 6 * 2**30
 """Bytes that the job may use beside what is in use already; it needs about half."""
 
