@@ -48,6 +48,12 @@ def column_chunks(file: BinaryIO) -> list[ColumnChunk]:
         file.seek(0)
 
 
+def read_struct(data: bytes) -> tuple[dict[int, Any], int]:
+    """The struct that `data` begins with, as {field number: value}, and its length; raises IndexError if it is cut."""
+    reader = _Compact(data)
+    return reader.struct(), reader.at
+
+
 def _chunk(values: dict[int, Any]) -> ColumnChunk:
     dictionary = values[_DATA_PAGE] - values[_DICTIONARY_PAGE] if _DICTIONARY_PAGE in values else 0
     return ColumnChunk(values[_PATH][0].decode(), values[_PACKED], values[_UNPACKED], dictionary)

@@ -28,8 +28,8 @@ ROW_GROUP_BYTES = 16 << 20
 SHAPE = "latent_shape"
 """Column of channels, height and width in shards of several shapes."""
 _HEADER = b"latentclip"
-_TAR_HEADER = "__latents__"
-"""WebDataset's readers pass over members of such names."""
+TAR_HEADER = "__latents__"
+"""First member of a tar; WebDataset's readers pass over members of such names."""
 _LARGEST_EXACT_FLOAT = 2**53
 _PARSING = Lock()
 
@@ -107,7 +107,7 @@ def holds_latents(file: BinaryIO, container: str) -> bool:
         if container == "webdataset":
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 first = tar.next()
-            return first is not None and first.name == _TAR_HEADER
+            return first is not None and first.name == TAR_HEADER
         return _HEADER in (pq.read_schema(file).metadata or {})
     except (tarfile.TarError, pa.ArrowException, OSError, ValueError):
         return False
@@ -240,7 +240,7 @@ def _to_tar(
 ) -> None:
     """Members `{key}.latent.npy`, `{key}.txt` and `{key}.json`; what a member's name must not hold is `%`-quoted."""
     with tarfile.open(fileobj=file, mode="w") as tar:  # type: ignore[call-overload]
-        _add(tar, _TAR_HEADER, _to_json(dataset.header()).encode())
+        _add(tar, TAR_HEADER, _to_json(dataset.header()).encode())
         for index, (key, caption) in enumerate(zip(rows.keys, rows.captions, strict=True)):
             member = quote(key, safe="").replace(".", "%2E")
             for name, latents in views.items():
@@ -271,7 +271,7 @@ def _from_tar(source: BinaryIO, columns: Sequence[str] | None) -> tuple[LatentRo
             assert file is not None
             key, _, extension = member.name.partition(".")
             members.setdefault(key, {})[extension] = file.read()
-    header = json.loads(members.pop(_TAR_HEADER)[""])
+    header = json.loads(members.pop(TAR_HEADER)[""])
     wanted = [name for name in view_names(header["views"]) if columns is None or name in columns]
     rows = LatentRows([unquote(key) for key in members], [], [])
     rows.latents = [_view(members, name, header) for name in wanted]

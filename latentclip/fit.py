@@ -194,7 +194,8 @@ class Fit:
     def _step(self, trained: torch.nn.Module, batch: Batch) -> dict[str, Any]:
         settings, device = self.settings, self.place.device
         torch.manual_seed(int(mix(settings.seed, self.step, self.place.rank)) >> 1)
-        latents = augment_latents(batch["latents"].to(device), batch["seeds"].to(device), settings.augmentation)
+        latents = self.loader.to_float(batch["latents"].to(device))
+        latents = augment_latents(latents, batch["seeds"].to(device), settings.augmentation)
         latents = latents.contiguous(memory_format=torch.channels_last)
         rate = learning_rate(self.progress, settings.optimisation)
         try:

@@ -1,21 +1,25 @@
-"""Sample order: which row of which shard stands at which position, computed from (seed, epoch, snapshot) alone.
+"""Sample order: which row of which shard stands at which place, computed from (seed, epoch, snapshot) alone.
 
-Nothing is replayed: any position of any epoch is found without visiting those before it, so that training resumes
-from one number at any world size. Shards are permuted, taken in windows of a few, and the rows of a window are
-permuted together; so a reader holds one window in memory and shuffles over the whole data set.
+Nothing is replayed: any batch of any epoch is found without visiting those before it, so that training resumes from one
+number at any world size. In every epoch the shards are permuted, and the rows within each; end to end they make a line,
+which is cut into lanes of one length. A batch takes the same number of rows from each lane, so it mixes as many shards
+as there are lanes, a reader holds that many open, and ranks that own whole lanes read each its own shards.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Positions = NDArray[np.int64]
+_MOST_LANES = 96
+"""Lanes are a divisor of it: as many ranks as divide them read each shard once, and that many shards are open."""
 
 
 def mix(*values: int | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
@@ -41,52 +45,78 @@ def key_words(keys: Sequence[str]) -> NDArray[np.uint64]:
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-class SampleOrder:
-    """The order of all samples over all epochs.
+def permutation(count: int, *words: int) -> Positions:
+    """The numbers 0 to count - 1, permuted by these words: the order of their hashes.
 
-    `rows` are the row counts of the snapshot's shards; `window` is how many shards are shuffled together. Position
-    p counts samples from the start of training: epoch p // size, each row once an epoch.
+    numpy's generators may give other numbers in its next version, which would end the exact resume of a run.
+    """
+    return np.argsort(mix(*words, np.arange(count, dtype=np.uint64)), kind="stable").astype(np.int64)
+
+
+class Places(NamedTuple):
+    """Where samples lie, (n,) int64 each."""
+
+    epochs: Positions
+    shards: Positions
+    rows: Positions
+
+
+class SampleOrder:
+    """The order of all samples over all epochs, each row once an epoch.
+
+    `rows` are the row counts of the snapshot's shards. `lanes` divides the batch (by default as many as are common to
+    it and 96); with that many shards open a batch mixes rows of so many. The order depends on the batch size and the
+    lanes, never on the world size.
     """
 
-    def __init__(self, rows: Sequence[int], seed: int, window: int = 8) -> None:
-        self.rows = np.asarray(rows, dtype=np.int64)
-        self.seed = seed
-        self.window = window
-        self.size = int(self.rows.sum())
+    def __init__(self, rows: Sequence[int], seed: int, batch_size: int, lanes: int | None = None) -> None:
+        self.counts = np.asarray(rows, dtype=np.int64)
+        self.seed, self.batch_size = seed, batch_size
+        self.lanes = lanes or math.gcd(batch_size, _MOST_LANES)
+        self.size = int(self.counts.sum())
         assert self.size > 0, "an order needs rows"
-        # Bound methods are cached for each order: an epoch's plan is 16 bytes a shard, a window's 8 bytes a row.
-        self._epoch = lru_cache(maxsize=4)(self._plan_epoch)
-        self._rows_of_window = lru_cache(maxsize=4)(self._permute_window)
+        assert batch_size % self.lanes == 0, "a batch takes the same number of rows from each lane"
+        # Bound methods are cached for each order: an epoch's line takes 16 bytes a shard, a shard's rows 8 bytes each.
+        self._line = lru_cache(maxsize=2)(self._make_line)
+        self._rows_of = lru_cache(maxsize=2 * self.lanes + 2)(self._permute_rows)
 
-    def locate(self, positions: Positions) -> tuple[Positions, Positions, Positions]:
-        """Epochs, shard numbers and rows (each (n,) int64) of positions (n,) int64."""
-        epochs, offsets = np.divmod(positions, self.size)
-        shards, rows = np.empty_like(positions), np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            shards[inside], rows[inside] = self._locate_in_epoch(int(epoch), offsets[inside])
-        return epochs, shards, rows
+    def locate(self, step: int, slots: Positions | None = None) -> Places:
+        """Where the samples of the batch `step` lie: all of them, or those in `slots` (n,) of the batch.
 
-    def _locate_in_epoch(self, epoch: int, offsets: Positions) -> tuple[Positions, Positions]:
-        order, starts = self._epoch(epoch)
-        windows = (np.searchsorted(starts, offsets, side="right") - 1) // self.window
-        shards, rows = np.empty_like(offsets), np.empty_like(offsets)
-        for window in np.unique(windows):
-            inside = windows == window
-            first = int(window) * self.window
-            permuted = self._rows_of_window(epoch, int(window))[offsets[inside] - starts[first]]
-            places = starts[first : first + self.window] - starts[first]
-            which = np.searchsorted(places, permuted, side="right") - 1
-            shards[inside], rows[inside] = order[first + which], permuted - places[which]
-        return shards, rows
+        A batch is in the order of its lanes, so that contiguous parts of it are of few lanes.
+        """
+        epochs, shards, inside = self._lines(step, slots)
+        rows = np.empty_like(inside)
+        for epoch, shard in set(zip(epochs.tolist(), shards.tolist(), strict=True)):
+            same = (shards == shard) & (epochs == epoch)
+            rows[same] = self._rows_of(epoch, shard)[inside[same]]
+        return Places(epochs, shards, rows)
 
-    def _plan_epoch(self, epoch: int) -> tuple[Positions, Positions]:
-        """Shards in this epoch's order, and the offset at which each begins."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(np.flatnonzero(self.rows))
-        starts = np.concatenate([[0], np.cumsum(self.rows[order])[:-1]])
-        return order, starts
+    def shards(self, step: int, slots: Positions | None = None) -> Positions:
+        """The shards (n,) of `locate`, at a small part of its cost."""
+        return self._lines(step, slots)[1]
 
-    def _permute_window(self, epoch: int, window: int) -> Positions:
-        order, _ = self._epoch(epoch)
-        count = int(self.rows[order[window * self.window : (window + 1) * self.window]].sum())
-        return np.random.default_rng([self.seed, epoch, window + 1]).permutation(count)
+    def _lines(self, step: int, slots: Positions | None) -> tuple[Positions, Positions, Positions]:
+        """Epochs, shards, and places within the permuted shards."""
+        slots = np.arange(self.batch_size) if slots is None else slots
+        lanes, places = np.divmod(slots, self.batch_size // self.lanes)
+        epochs, offsets = np.divmod(step * self.batch_size + places * self.lanes + lanes, self.size)
+        indices, lanes = np.divmod(offsets, self.lanes)
+        longer = self.size % self.lanes  # so many lanes hold one row more than the others
+        ahead = lanes * (self.size // self.lanes) + np.minimum(lanes, longer) + indices
+        shards, inside = np.empty_like(ahead), np.empty_like(ahead)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
+            same = epochs == epoch
+            order, starts = self._line(epoch)
+            which = np.searchsorted(starts, ahead[same], side="right") - 1
+            shards[same], inside[same] = order[which], ahead[same] - starts[which]
+        return epochs, shards, inside
+
+    def _make_line(self, epoch: int) -> tuple[Positions, Positions]:
+        """Shards in this epoch's order, and the place in the line at which each begins."""
+        filled = np.flatnonzero(self.counts)
+        shards = filled[permutation(len(filled), self.seed, epoch)]
+        return shards, np.concatenate([[0], np.cumsum(self.counts[shards])[:-1]])
+
+    def _permute_rows(self, epoch: int, shard: int) -> Positions:
+        return permutation(int(self.counts[shard]), self.seed, epoch, shard + 1)

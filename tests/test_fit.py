@@ -89,7 +89,7 @@ def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> 
         batch = loader.batch(step)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step / 20, recipe)
-        loss = ClipLoss()(*model(batch["latents"], batch["text"]))
+        loss = ClipLoss()(*model(loader.to_float(batch["latents"]), batch["text"]))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
