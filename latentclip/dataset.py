@@ -16,13 +16,15 @@ from latentclip.storage import Folder, list_shards, locate, shard_stem
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a reader must know to plan and check: `rows` stored in the data file `url`, whose SHA-256 is `sha256`."""
+    """What a reader must know to plan and check: `rows` stored in the data file `url`, and its checksums."""
 
     url: str
     name: str
     rows: int
     sha256: str
     generation: int
+    xxh3: str = ""
+    """See Record."""
 
 
 class LatentDataset:
@@ -93,4 +95,6 @@ def _named(urls: list[str]) -> list[tuple[Folder, str]]:
 
 def _info(folder: Folder, name: str) -> ShardInfo:
     record = Record.read(folder, name)
-    return ShardInfo(folder.path(record.data), record.data, record.counts.stored, record.sha256, record.generation)
+    return ShardInfo(
+        folder.path(record.data), record.data, record.counts.stored, record.sha256, record.generation, record.xxh3
+    )

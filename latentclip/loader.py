@@ -13,24 +13,24 @@ It depends on (seed, step, snapshot) alone, so `start` resumes exactly, at any w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-import queue
-import threading
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentclip.buffers import Buffers
+from latentclip.batch_plan import Piece
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
 from latentclip.mixture import Mixture
 from latentclip.opened import OpenShard, Tokenizer, open_shard
-from latentclip.order import mix
-from latentclip.plan import Piece
+from latentclip.order import Positions, mix, runs
 from latentclip.quantise import stored_dtype
 from latentclip.shelf import Shelf
 from latentclip.source import Cache
@@ -38,6 +38,17 @@ from latentclip.source import Cache
 Batch = dict[str, Any]
 READ_AHEAD = 4
 """Batches prepared ahead of the training step."""
+_GATHERING = 2
+"""Threads that copy rows into batches, a batch each."""
+
+
+class Group(NamedTuple):
+    """Samples of one shard: their (n,) slots in the batch, rows in the shard, and epochs."""
+
+    shard: OpenShard
+    slots: Positions
+    rows: Positions
+    epochs: Positions
 
 
 class LatentLoader:
@@ -89,63 +100,39 @@ class LatentLoader:
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.epoch_samples = epoch_samples or self.mixture.rows
         self._cache, self._verify = cache, verify
-        self._buffers = Buffers(pinned)
+        self._pinned = pinned
         self._ahead = self.mixture.steps_of_a_shard(self.plan)
         shards = math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * self.mixture.rows_of_a_shard)
         self._shelf: Shelf[tuple[int, int], OpenShard] = Shelf(self._open, 2 * shards + 4, threads)
-        self._lock = threading.Lock()
 
     def batches(self, start: int = 0) -> Generator[Batch]:
-        """Batches from step `start` on, without end; closing the iterator ends its thread."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(READ_AHEAD)
-        closed = threading.Event()
-        reader = threading.Thread(target=self._fill, args=(ready, closed, start), name="latent-loader", daemon=True)
-        reader.start()
+        """Batches from step `start` on, without end; closing the iterator ends its threads."""
+        pool = ThreadPoolExecutor(_GATHERING, thread_name_prefix="latent-loader")
         try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            ahead = deque(pool.submit(self.batch, step) for step in range(start, start + READ_AHEAD))
+            for step in itertools.count(start + READ_AHEAD):
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(self.batch, step))
+                yield batch
         finally:
-            closed.set()
-            reader.join()
-
-    def _fill(self, ready: queue.Queue[Batch | BaseException], closed: threading.Event, start: int) -> None:
-        step = start
-        while not closed.is_set():
-            try:
-                item: Batch | BaseException = self.batch(step)
-            except BaseException as error:  # raised where the batch is used
-                item = error
-            while not closed.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            step += 1
+            pool.shutdown(cancel_futures=True)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of one step."""
-        with self._lock:
-            pieces = self.mixture.resolve(self.plan.pieces(step, self.part))
-            shards = self._shelf.get(_names(pieces))
-            self._shelf.ask(self.plan.shards(step + self._ahead, self.part))
-        return self._gather(step, pieces, shards)
+        pieces = self.mixture.resolve(self.plan.pieces(step, self.part))
+        groups = _groups(pieces, self._shelf.get(_names(pieces)))
+        self._shelf.ask(self.plan.shards(step + self._ahead, self.part))
+        return self._gather(step, groups)
 
     def keys(self, step: int) -> list[str]:
         """Keys of the global batch of a step, over all ranks. It opens the shards of all of them."""
-        with self._lock:
-            pieces = self.mixture.resolve(self.plan.pieces(step, slice(0, self.plan.batch_size)))
-            shards = self._shelf.get(_names(pieces))
-        keys = [""] * self.plan.batch_size
-        for name, slots, rows, _ in _by_shard(pieces):
-            for slot, row in zip(slots.tolist(), rows.tolist(), strict=True):
-                keys[slot] = shards[name].keys[row]
-        return keys
+        pieces = self.mixture.resolve(self.plan.pieces(step, slice(0, self.plan.batch_size)))
+        groups = _groups(pieces, self._shelf.get(_names(pieces)))
+        return _column([(group, group.shard.keys) for group in groups], self.plan.batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """What the order of the samples depends on, beside the step."""
+        return {"seed": self.seed, "batch_size": self.plan.batch_size, "lanes": self.plan.lanes}
 
     def to_float(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) of a batch, on any device, as float32 in the convention of `space`."""
@@ -161,35 +148,32 @@ class LatentLoader:
         dataset = self.mixture.datasets[source]
         return open_shard(dataset, dataset.shards[number], self.tokenizer, self._cache, self._verify)
 
-    def _gather(self, step: int, pieces: list[Piece], shards: dict[tuple[int, int], OpenShard]) -> Batch:
+    def _gather(self, step: int, groups: list[Group]) -> Batch:
         count = self.part.stop - self.part.start
-        dtype, shape = stored_dtype(self.dataset.latent_space), self.dataset.one_shape()
-        width = dtype.itemsize * math.prod(shape)
-        memory = self._buffers.take(count * width)
-        keys, captions = [""] * count, [""] * count
-        seeds = np.empty(count, np.uint64)
-        text: NDArray[np.int64] | None = None
-        latents = memory.numpy().reshape(count, width)
-        for name, slots, rows, epochs in _by_shard(pieces):
-            shard = shards[name]
-            seeds[slots] = mix(self.seed, epochs, shard.words[rows])
-            offsets = shard.offsets[self._views(seeds[slots]), rows]
-            for slot, row, offset in zip(slots.tolist(), rows.tolist(), offsets.tolist(), strict=True):
-                latents[slot] = shard.data[offset : offset + width]
-                keys[slot] = shard.keys[row]
-            if shard.text is None:
-                for slot, row in zip(slots.tolist(), rows.tolist(), strict=True):
-                    captions[slot] = shard.captions[row]
-            else:
-                text = np.empty((count, shard.text.shape[1]), np.int64) if text is None else text
-                text[slots] = shard.text[rows]
+        words, epochs = np.empty(count, np.uint64), np.empty(count, np.int64)
+        for group in groups:
+            words[group.slots], epochs[group.slots] = group.shard.words[group.rows], group.epochs
+        seeds = mix(self.seed, epochs, words)
         return {
-            "latents": memory.view(_TORCH[self.dataset.latent_space.dtype]).view(count, *shape),
-            **({"captions": captions} if text is None else {"text": torch.from_numpy(text)}),
-            "keys": keys,
+            "latents": self._latents(groups, self._views(seeds)),
+            **_text(groups, count),
+            "keys": _column([(group, group.shard.keys) for group in groups], count),
             "seeds": torch.from_numpy((seeds >> np.uint64(1)).astype(np.int64)),
             "epoch": step * self.plan.batch_size // self.epoch_samples,
         }
+
+    def _latents(self, groups: list[Group], views: NDArray[np.int64]) -> Tensor:
+        """The rows, in one copy, during which other threads run."""
+        space, shape = self.dataset.latent_space, self.dataset.one_shape()
+        width = stored_dtype(space).itemsize * math.prod(shape)
+        rows = [memoryview(b"")] * len(views)
+        for group in groups:
+            data = group.shard.data
+            offsets = group.shard.offsets[views[group.slots], group.rows]
+            for slot, offset in zip(group.slots.tolist(), offsets.tolist(), strict=True):
+                rows[slot] = data[offset : offset + width]
+        latents = torch.frombuffer(bytearray().join(rows), dtype=_TORCH[space.dtype]).view(len(views), *shape)
+        return latents.pin_memory() if self._pinned else latents
 
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The view (n,) of samples with these seeds (n,)."""
@@ -205,12 +189,34 @@ def _names(pieces: list[Piece]) -> list[tuple[int, int]]:
     return [(piece.source, int(shard)) for piece in pieces for shard in np.unique(piece.places.shards)]
 
 
-def _by_shard(pieces: list[Piece]) -> Iterator[tuple[tuple[int, int], NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    """Name, slots, rows and epochs of the samples from each shard."""
-    for piece in pieces:
-        for shard in np.unique(piece.places.shards):
-            same = np.flatnonzero(piece.places.shards == shard)
-            yield (piece.source, int(shard)), piece.slots[same], piece.places.rows[same], piece.places.epochs[same]
+def _groups(pieces: list[Piece], shards: dict[tuple[int, int], OpenShard]) -> list[Group]:
+    groups = []
+    for source, slots, (epochs, numbers, rows) in pieces:
+        for run in runs(numbers):
+            shard = shards[source, int(numbers[run.start])]
+            groups.append(Group(shard, slots[run], rows[run], epochs[run]))
+    return groups
+
+
+def _text(groups: list[Group], count: int) -> dict[str, Any]:
+    """Tokens (count, context), or the captions where no shard was tokenised."""
+    first = groups[0].shard.text
+    if first is None:
+        return {"captions": _column([(group, group.shard.captions) for group in groups], count)}
+    text = np.empty((count, first.shape[1]), np.int64)
+    for group in groups:
+        assert group.shard.text is not None
+        text[group.slots] = group.shard.text[group.rows]
+    return {"text": torch.from_numpy(text)}
+
+
+def _column(columns: list[tuple[Group, NDArray[np.object_]]], count: int) -> list[str]:
+    """The samples' values in columns of the shards."""
+    values = np.empty(count, object)
+    for group, column in columns:
+        values[group.slots] = column[group.rows]
+    found: list[str] = values.tolist()
+    return found
 
 
 def keys_hash(keys: list[str]) -> str:

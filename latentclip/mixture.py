@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from latentclip.batch_plan import MixedPlan, Piece, Plan
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
-from latentclip.plan import MixedPlan, Piece, Plan
 
 
 class Mixture:

@@ -23,14 +23,14 @@ Tokenizer = Callable[[list[str]], Tensor]
 class OpenShard:
     """Rows of one shard, in stored order."""
 
-    data: NDArray[np.uint8]
+    data: memoryview
     """The whole file; the kernel may drop its pages and read them again."""
     offsets: NDArray[np.int64]
     """(views, n) places of the latents in it."""
-    keys: list[str]
+    keys: NDArray[np.object_]
     words: NDArray[np.uint64]
     """(n,) of `order.key_words`."""
-    captions: list[str]
+    captions: NDArray[np.object_]
     """Empty where there is a text."""
     text: NDArray[np.integer] | None
     """(n, context) tokens. A shard is tokenised when it is opened, ahead of its use."""
@@ -57,8 +57,8 @@ def open_shard(
     if tokenizer is not None and not stored:
         text = tokenizer(layout.captions).numpy()
     captions = layout.captions if tokenizer is None else []
-    words = key_words(layout.keys)
-    return OpenShard(np.frombuffer(data, np.uint8), np.stack(layout.latents), layout.keys, words, captions, text)
+    keys, words = np.array(layout.keys, object), key_words(layout.keys)
+    return OpenShard(data, np.stack(layout.latents), keys, words, np.array(captions, object), text)
 
 
 def uses_stored_tokens(dataset: LatentDataset, tokenizer: Tokenizer | None) -> bool:

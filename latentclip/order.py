@@ -9,6 +9,7 @@ as there are lanes, a reader holds that many open, and ranks that own whole lane
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -53,6 +54,16 @@ def permutation(count: int, *words: int) -> Positions:
     return np.argsort(mix(*words, np.arange(count, dtype=np.uint64)), kind="stable").astype(np.int64)
 
 
+def runs(*values: Positions) -> list[slice]:
+    """The stretches of (n,) arrays in which none of them changes."""
+    changes = np.zeros(len(values[0]) + 1, bool)
+    changes[[0, -1]] = True
+    for array in values:
+        changes[1:-1] |= array[1:] != array[:-1]
+    borders = np.flatnonzero(changes).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(borders)]
+
+
 class Places(NamedTuple):
     """Where samples lie, (n,) int64 each."""
 
@@ -87,9 +98,8 @@ class SampleOrder:
         """
         epochs, shards, inside = self._lines(step, slots)
         rows = np.empty_like(inside)
-        for epoch, shard in set(zip(epochs.tolist(), shards.tolist(), strict=True)):
-            same = (shards == shard) & (epochs == epoch)
-            rows[same] = self._rows_of(epoch, shard)[inside[same]]
+        for run in runs(epochs, shards):
+            rows[run] = self._rows_of(int(epochs[run.start]), int(shards[run.start]))[inside[run]]
         return Places(epochs, shards, rows)
 
     def shards(self, step: int, slots: Positions | None = None) -> Positions:

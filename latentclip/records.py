@@ -115,6 +115,8 @@ class Record:
     """Stored latents that were not finite at first and were computed again in float32."""
     clipped: int = 0
     """Values of stored latents that lie beyond the range of int8."""
+    xxh3: str = ""
+    """XXH3-128 of the whole data file, which readers compare: SHA-256 is slower than the reading. Empty before 3."""
 
     @property
     def name(self) -> str:

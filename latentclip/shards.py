@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from latentclip.containers import LatentRows, parse, serialise
 from latentclip.latent_space import LatentSpace
@@ -113,6 +114,7 @@ def _record(
         statistics={**outcome.statistics, **channel_statistics(rows.latents[0], space)},
         reencoded=outcome.reencoded,
         clipped=outcome.clipped,
+        xxh3=xxhash.xxh3_128(data).hexdigest(),
     )
     record.check_conservation()
     return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Generic, TypeVar
 
 Name = TypeVar("Name", bound=Hashable)
@@ -12,30 +13,31 @@ Item = TypeVar("Item")
 
 
 class Shelf(Generic[Name, Item]):
-    """At most `capacity` items, opened by `threads` threads. One thread at a time may use a shelf."""
+    """At most `capacity` items that nobody waits for, opened by `threads` threads."""
 
     def __init__(self, open_item: Callable[[Name], Item], capacity: int, threads: int) -> None:
         self._open, self.capacity = open_item, capacity
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latent-shelf")
         self._items: OrderedDict[Name, Future[Item]] = OrderedDict()
+        self._lock = Lock()
 
-    def ask(self, names: Iterable[Name]) -> None:
+    def ask(self, names: Iterable[Name]) -> list[Future[Item]]:
         """Begin to open these items, in this order, unless they are there."""
-        for name in names:
-            self._begin(name)
-        while len(self._items) > self.capacity:
-            _, oldest = self._items.popitem(last=False)
-            oldest.cancel()
+        with self._lock:
+            asked = [self._begin(name) for name in names]
+            while len(self._items) > self.capacity:
+                self._items.popitem(last=False)
+        return asked
 
     def get(self, names: list[Name]) -> dict[Name, Item]:
         """These items, once they are open. What fails to open raises here, and may be tried again."""
-        opening = {name: self._begin(name) for name in names}  # held here, however many they are
         items = {}
-        for name, item in opening.items():
+        for name, item in zip(names, self.ask(names), strict=True):
             try:
                 items[name] = item.result()
             except BaseException:
-                self._items.pop(name, None)
+                with self._lock:
+                    self._items.pop(name, None)
                 raise
         return items
 
@@ -44,8 +46,3 @@ class Shelf(Generic[Name, Item]):
             self._items[name] = self._pool.submit(self._open, name)
         self._items.move_to_end(name)
         return self._items[name]
-
-    def close(self) -> None:
-        """Let go of all items; what is being opened is waited for."""
-        self._items.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -7,6 +7,8 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import xxhash
+
 from latentclip.records import ShardCorrupt, ShardMissing
 from latentclip.storage import Buffer, locate
 
@@ -33,7 +35,11 @@ def shard_bytes(info: ShardInfo, cache: Cache | None = None, verify: bool = True
     """
     folder, name = locate(info.url)
     if not folder.is_local:
-        return cache.open(info) if cache else read_checked(info.url, info.sha256)
+        if cache:
+            return cache.open(info)
+        data = read_checked(info.url, None)
+        check_info(info, data)
+        return data
     try:
         with Path(folder.url, name).open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -42,8 +48,16 @@ def shard_bytes(info: ShardInfo, cache: Cache | None = None, verify: bool = True
     except ValueError:  # an empty file cannot be mapped
         data = memoryview(b"")
     if verify:
-        check(info.url, data, info.sha256)
+        check_info(info, data)
     return data
+
+
+def check_info(info: ShardInfo, data: Buffer) -> None:
+    """Raise ShardCorrupt unless these are the bytes that the shard's record names."""
+    if not info.xxh3:
+        check(info.url, data, info.sha256)
+    elif xxhash.xxh3_128(data).hexdigest() != info.xxh3:
+        raise _changed(info.url)
 
 
 def read_checked(url: str, sha256: str | None, size: int | None = None) -> memoryview:
@@ -65,7 +79,11 @@ def check(url: str, data: Buffer, sha256: str | None, size: int | None = None) -
     if size is not None and len(data) != size:
         raise ShardCorrupt(f"{url} holds {len(data)} bytes, its record says {size}; encode its shard again")
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
+        raise _changed(url)
+
+
+def _changed(url: str) -> ShardCorrupt:
+    return ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
 
 
 def _missing(url: str) -> ShardMissing:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from demo_pairs import emoji_shards
+from latent_samples import fill, make_outcome
 
 from latentclip.codec import load_codec
 from latentclip.dataset import LatentDataset
 from latentclip.encode import EncodeSettings, ShardEncoder
+from latentclip.errors import UsageError
 from latentclip.loader import LatentLoader
-from latentclip.shards import ShardCorrupt
+from latentclip.mixture import Mixture
+from latentclip.shards import ShardCorrupt, write_shard
 from latentclip.storage import Folder
 from latentclip.views import DRAWINGS
 
@@ -42,28 +45,50 @@ def loader(dataset: LatentDataset, **options: Any) -> LatentLoader:
     return LatentLoader(dataset, lengths, **{"batch_size": 12, "seed": 3, **options})
 
 
-def test_all_world_sizes_see_the_same_keys(dataset: LatentDataset) -> None:
-    whole = [loader(dataset).batch(step)["keys"] for step in range(15)]
-    for world in (2, 3, 4, 6):
-        ranks = [loader(dataset, rank=rank, world_size=world) for rank in range(world)]
-        assert [[key for one in ranks for key in one.batch(step)["keys"]] for step in range(15)] == whole
-        assert [ranks[1].keys(step) for step in range(15)] == whole
+EPOCHS = 3
+STEPS = EPOCHS * 60 // 12
 
 
-def test_each_key_once_an_epoch(dataset: LatentDataset) -> None:
+@pytest.fixture(scope="module")
+def sequence(dataset: LatentDataset) -> list[list[str]]:
+    """The keys of three epochs, a batch an entry, as one process reads them."""
     source = loader(dataset)
-    for epoch in range(3):
-        keys = Counter(key for step in range(5 * epoch, 5 * epoch + 5) for key in source.batch(step)["keys"])
+    return [source.batch(step)["keys"] for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
+def test_all_world_sizes_see_the_same_keys(dataset: LatentDataset, sequence: list[list[str]], world: int) -> None:
+    ranks = [loader(dataset, rank=rank, world_size=world).batches() for rank in range(world)]
+    assert [[key for rank in ranks for key in next(rank)["keys"]] for _ in range(STEPS)] == sequence
+    for rank in ranks:
+        rank.close()
+
+
+def test_each_key_once_an_epoch(sequence: list[list[str]]) -> None:
+    for epoch in range(EPOCHS):
+        keys = Counter(key for batch in sequence[5 * epoch : 5 * epoch + 5] for key in batch)
         assert len(keys) == 60
         assert set(keys.values()) == {1}
+    assert len({tuple(batch) for batch in sequence}) == STEPS
 
 
-def test_reading_goes_on_exactly_where_it_is_told_to(dataset: LatentDataset) -> None:
+def test_resuming_anywhere_with_another_world_size_goes_on_exactly(
+    dataset: LatentDataset, sequence: list[list[str]]
+) -> None:
+    rng = np.random.default_rng(0)
+    for start, world in zip(rng.integers(0, STEPS, 20).tolist(), itertools.cycle([1, 2, 3, 4, 6])):
+        ranks = [loader(dataset, rank=rank, world_size=world).batches(start) for rank in range(world)]
+        assert [[key for rank in ranks for key in next(rank)["keys"]] for _ in sequence[start:]] == sequence[start:]
+        for rank in ranks:
+            rank.close()
+
+
+def test_all_of_a_batch_is_the_same_after_resuming(dataset: LatentDataset) -> None:
     for start in (0, 4, 11):
         stream = loader(dataset).batches(start)
         for step in range(start, start + 3):
             found, expected = next(stream), loader(dataset).batch(step)
-            assert found["keys"] == expected["keys"]
+            assert found["keys"] == expected["keys"] == loader(dataset, rank=1, world_size=2).keys(step)
             assert torch.equal(found["latents"], expected["latents"])
             assert torch.equal(found["seeds"], expected["seeds"])
         stream.close()
@@ -101,4 +126,56 @@ def test_a_changed_shard_stops_the_reader_by_name(dataset: LatentDataset, tmp_pa
     (folder / name).write_bytes(data)
     stream = loader(LatentDataset(folder)).batches()
     with pytest.raises(ShardCorrupt, match=name):
-        list(islice(stream, 5))
+        list(itertools.islice(stream, 5))
+
+
+def test_without_a_tokenizer_batches_hold_captions(dataset: LatentDataset) -> None:
+    captions = {key: caption for rows in dataset for key, caption in zip(rows.keys, rows.captions, strict=True)}
+    batch = LatentLoader(dataset, batch_size=12).batch(3)
+    assert "text" not in batch
+    assert batch["captions"] == [captions[key] for key in batch["keys"]]
+
+
+def test_an_epoch_may_be_a_fixed_number_of_samples(dataset: LatentDataset) -> None:
+    source = loader(dataset, epoch_samples=24)
+    assert [source.batch(step)["epoch"] for step in range(5)] == [0, 0, 1, 1, 2]
+
+
+def test_few_shards_stay_open(dataset: LatentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[int, int]] = []
+    source = loader(dataset, lanes=1)
+    real = source._shelf._open
+    monkeypatch.setattr(source._shelf, "_open", lambda name: opened.append(name) or real(name))
+    for step in range(STEPS):
+        source.batch(step)
+    assert len(opened) <= 5 * EPOCHS
+    assert len(source._shelf._items) <= source._shelf.capacity
+
+
+def test_a_mixture_keeps_its_shares(dataset: LatentDataset, tmp_path: Path) -> None:
+    fill_like(dataset, tmp_path)
+    other = LatentDataset(tmp_path)
+    source = LatentLoader(Mixture([dataset, other], [0.75, 0.25]), batch_size=12, lanes=3)
+    theirs = {key for rows in other for key in rows.keys}
+    for step in range(8):
+        assert sum(key in theirs for key in source.batch(step)["keys"]) == 3
+
+
+def test_mixtures_of_different_latents_are_refused(dataset: LatentDataset, tmp_path: Path) -> None:
+    fill(tmp_path)
+    with pytest.raises(UsageError, match="holds other latents than"):
+        Mixture([dataset, LatentDataset(tmp_path)])
+
+
+def test_weights_are_one_positive_number_each(dataset: LatentDataset) -> None:
+    with pytest.raises(UsageError, match="not one positive number a data set"):
+        Mixture([dataset], [0.5, 0.5])
+
+
+def fill_like(dataset: LatentDataset, path: Path) -> None:
+    """A second data set of the same latents, with keys of its own."""
+    folder = Folder(path)
+    dataset.dataset.publish(folder)
+    rows = dataset.read(0)
+    rows.keys = [f"other-{key}" for key in rows.keys]
+    write_shard(folder, dataset.dataset, rows, make_outcome("00000", rows))
