@@ -2,8 +2,8 @@
 
 A generation of a shard keeps rows of the one before, and may bring new ones. A kept row keeps its id. A new one gets
 `generation * 2**32 + number`, where `number` counts the rows that this generation brought; so a shard that was
-published once has the ids 0 to n - 1. Only one writer ever creates a generation's data file, so that no two samples of a
-shard share an id, not even where two writers published at the same time.
+published once has the ids 0 to n - 1. Only one writer ever creates a generation's data file, so that no two samples
+of a shard share an id, not even where two writers published at the same time.
 
 Ids, and numbers of rows, are kept as half-open ranges in stored order: `[[0, 3], [7, 9]]`.
 """
@@ -63,7 +63,7 @@ def inherit(before: Ranges, origins: Sequence[int], generation: int) -> Ranges:
 
 
 def places(before: Ranges, after: Ranges) -> Numbers:
-    """For each row (n,) of a generation with the ids `before`, which row it is in one with `after`, -1 where it left."""
+    """For each row (n,) of a generation with ids `before`, which row it is in one with `after`; -1 where it left."""
     old, new = expand(before), expand(after)
     if not len(new):
         return np.full(len(old), -1)

@@ -76,7 +76,7 @@ def _fill_in_shapes(folder: Folder, result: Migration, dry_run: bool) -> None:
             result.problems += [str(error)] * (str(error) not in result.problems)
             continue
         if not dry_run:
-            folder.replace(name, replace(record, shapes=shapes_of(rows)).to_bytes())
+            folder.replace(name, seal(asdict(replace(record, shapes=shapes_of(rows)))))
 
 
 def _sealed(folder: Folder) -> Iterator[tuple[Folder, str]]:

@@ -149,11 +149,7 @@ class Record:
 
     def publish(self, folder: Folder) -> bool:
         """Create the record's file: the commit. False if the folder holds another record of this name."""
-        return folder.create(self.name, self.to_bytes())
-
-    def to_bytes(self) -> bytes:
-        """The content of the record's file."""
-        return seal(asdict(self))
+        return folder.create(self.name, seal(asdict(self)))
 
     @classmethod
     def read(cls, folder: Folder, name: str) -> Record:
