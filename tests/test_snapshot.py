@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +322,13 @@ def test_what_came_and_went_since_is_told(tmp_path: Path) -> None:
     added, rewritten = notices(LatentDataset(tmp_path, snapshot))
     assert added == "1 shards were added since this run was begun, and are no part of it"
     assert rewritten.startswith("1 shards were rewritten since")
+
+
+def test_the_benchmark_measures_sizes_and_look_ups() -> None:
+    command = [sys.executable, "benchmarks/snapshot.py", "--shards", "10", "--rows", "50", "--rewritten", "3"]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert "10 shards: 0.0 MB" in ran.stdout
+    assert "4,096 rows of 3 shards" in ran.stdout
 
 
 def test_nothing_but_quarantine_says_so(tmp_path: Path) -> None:
