@@ -27,6 +27,10 @@ class Plan(Protocol):
     lanes: int
     batch_size: int
 
+    def bucket(self, step: int) -> int | None:
+        """Number of the bucket that the batch is of, if there are any."""
+        ...
+
     def pieces(self, step: int, part: slice) -> list[Piece]:
         """The samples in a part of the batch `step`."""
         ...
@@ -65,6 +69,9 @@ class MixedPlan:
             SampleOrder(counts, int(mix(seed, source)) if source else seed, share * self.lanes, self.lanes)
             for source, (counts, share) in enumerate(zip(rows, self.shares, strict=True))
         ]
+
+    def bucket(self, step: int) -> None:
+        """See Plan."""
 
     def pieces(self, step: int, part: slice) -> list[Piece]:
         """See Plan."""
@@ -109,6 +116,10 @@ class BucketPlan:
         self.seed, self.batch_size, self.lanes = seed, batch_size, self.orders[0].lanes
         self.turns = np.array([round(order.size / batch_size) for order in self.orders])
         self._round = lru_cache(maxsize=2)(self._make_round)
+
+    def bucket(self, step: int) -> int:
+        """See Plan."""
+        return self.turn(step)[0]
 
     def turn(self, step: int) -> tuple[int, int]:
         """The bucket of the batch `step`, and how many batches it had before."""

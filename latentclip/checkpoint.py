@@ -7,6 +7,7 @@
         tokenizer/           its files, and the text tower's architecture
         *.safetensors        further tensors of a training, e.g. the optimizer's
         state.json           further values of a training
+        snapshot.json        the shards that it is trained on
         checkpoint.json      the commit, written last: size and SHA-256 of every file above
 
 The folder is written under a hidden name and renamed, so no reader ever meets a part of it.
@@ -50,12 +51,14 @@ def save_checkpoint(
     resize_mode: Literal["crop", "pad"] = "crop",
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: dict[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, replacing one that is there.
 
     `config` is what `resolve_config` returned, `grid` the latent cells along a side; each entry of `tensors` becomes
-    `<name>.safetensors`, and `state` (JSON values) `state.json`. Raises UsageError for weights that are not finite, and
-    if the disk is full; nothing is then left under the final name.
+    `<name>.safetensors`, `state` (JSON values) `state.json`, and `files` are further ones by
+    name. Raises UsageError for weights that are not finite, and if the disk is full; nothing is then left under the
+    final name.
     """
     folder = Path(folder)
     _require_finite(model.state_dict(), "the model")
@@ -74,6 +77,8 @@ def save_checkpoint(
         _write_json(partial / "latent_space.json", meaning)
         if state is not None:
             _write_json(partial / "state.json", state)
+        for name, data in (files or {}).items():
+            (partial / name).write_bytes(data)
         _commit(partial)
         _put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:

@@ -29,6 +29,8 @@ from latentclip.errors import UsageError, require_at_least
 from latentclip.loader import Batch, LatentLoader, keys_hash
 from latentclip.model import build_model, resolve_config
 from latentclip.order import mix
+from latentclip.snapshot import FILE as SNAPSHOT
+from latentclip.snapshot import Snapshot, read_snapshot
 from latentclip.text import load_tokenizer
 from latentclip.training import (
     NotFiniteError,
@@ -134,6 +136,7 @@ class Fit:
         """Model, optimiser, loader and loss: from the newest good checkpoint, or from the start."""
         torch.manual_seed(self.settings.seed)
         space, checkpoint = self.dataset.space, newest_good(self.run_folder)
+        self.dataset = self.dataset.at(self._snapshot(checkpoint))
         if checkpoint:
             theirs, _ = read_space(checkpoint)
             space.require_same_encoder(theirs, mine=f"the data {self.dataset.source}", theirs=f"the run {checkpoint}")
@@ -157,6 +160,13 @@ class Fit:
             world_size=self.place.world_size,
             plain_share=self.settings.plain_share,
         )
+
+    def _snapshot(self, checkpoint: Path | None) -> Snapshot:
+        """What the run trains on: what its checkpoint says, else what rank 0 found, whose data set may still grow."""
+        snapshot = [read_snapshot(checkpoint) if checkpoint else self.dataset.snapshot]
+        if self.place.world_size > 1:
+            torch.distributed.broadcast_object_list(snapshot, src=0, device=self.place.device)
+        return snapshot[0]
 
     @property
     def progress(self) -> float:
@@ -266,13 +276,10 @@ class Fit:
                 tokenizer=self.tokenizer,
                 resize_mode=self.dataset.dataset.preprocessing.get("resize", "crop"),
                 tensors={"optimiser": optimiser_tensors(self.optimiser)},
-                state={"step": self.step, "elapsed": self.elapsed, "snapshot": self._snapshot()},
+                state={"step": self.step, "elapsed": self.elapsed},
+                files={SNAPSHOT: self.dataset.snapshot.to_bytes()},
             )
             for old in sorted(checkpoints.glob("step_*"))[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)
         if self.place.world_size > 1:
             torch.distributed.barrier()
-
-    def _snapshot(self) -> dict[str, str]:
-        """The shards trained on, with their checksums."""
-        return {shard.name: shard.sha256 for shard in self.dataset.shards}

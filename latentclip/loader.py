@@ -18,6 +18,8 @@ import math
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,21 +27,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentclip.batch_plan import Piece
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
-from latentclip.mixture import Mixture
+from latentclip.mixture import Mixture, shape_of
 from latentclip.opened import OpenShard, Tokenizer, open_shard
-from latentclip.order import Positions, mix, runs
+from latentclip.order import Positions, mix, stretches
 from latentclip.quantise import stored_dtype
+from latentclip.ragged import Shape
+from latentclip.records import ShardMissing
 from latentclip.shelf import Shelf
 from latentclip.source import Cache
 
 Batch = dict[str, Any]
+Name = tuple[int, int, int]
+"""Data set, shard and generation."""
 READ_AHEAD = 4
 """Batches prepared ahead of the training step."""
 _GATHERING = 2
 """Threads that copy rows into batches, a batch each."""
+
+
+class _RewrittenError(Exception):
+    """The file of a shard was superseded between resolving its rows and opening it."""
 
 
 class Group(NamedTuple):
@@ -96,14 +105,17 @@ class LatentLoader:
         self.dataset = self.mixture.dataset
         self.space = space or self.dataset.latent_space
         self.tokenizer, self.seed, self.plain_share = tokenizer, seed, plain_share
-        self.plan = self.mixture.plan(seed, batch_size, lanes)
+        self.buckets = self.mixture.buckets(batch_size)
+        self.plan = self.mixture.plan(self.buckets, seed, batch_size, lanes)
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.epoch_samples = epoch_samples or self.mixture.rows
         self._cache, self._verify = cache, verify
         self._pinned = pinned
-        self._ahead = self.mixture.steps_of_a_shard(self.plan)
-        shards = math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * self.mixture.rows_of_a_shard)
-        self._shelf: Shelf[tuple[int, int], OpenShard] = Shelf(self._open, 2 * shards + 4, threads)
+        rows = self.mixture.rows_of_a_shard
+        self._ahead = math.ceil(rows * self.plan.lanes / batch_size)  # steps in which a lane gets a shard further
+        shards = math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * rows)
+        self._shelf: Shelf[Name, OpenShard] = Shelf(self._open, 2 * shards + 4, threads)
+        self._lock = Lock()
 
     def batches(self, start: int = 0) -> Generator[Batch]:
         """Batches from step `start` on, without end; closing the iterator ends its threads."""
@@ -119,20 +131,22 @@ class LatentLoader:
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of one step."""
-        pieces = self.mixture.resolve(self.plan.pieces(step, self.part))
-        groups = _groups(pieces, self._shelf.get(_names(pieces)))
-        self._shelf.ask(self.plan.shards(step + self._ahead, self.part))
+        groups = self._read(step, self.part)
+        with self._lock:
+            following = [self._name(*shard) for shard in self.plan.shards(step + self._ahead, self.part)]
+        self._shelf.ask(following)
         return self._gather(step, groups)
 
     def keys(self, step: int) -> list[str]:
         """Keys of the global batch of a step, over all ranks. It opens the shards of all of them."""
-        pieces = self.mixture.resolve(self.plan.pieces(step, slice(0, self.plan.batch_size)))
-        groups = _groups(pieces, self._shelf.get(_names(pieces)))
+        groups = self._read(step, slice(0, self.plan.batch_size))
         return _column([(group, group.shard.keys) for group in groups], self.plan.batch_size)
 
     def identity(self) -> dict[str, Any]:
         """What the order of the samples depends on, beside the step."""
-        return {"seed": self.seed, "batch_size": self.plan.batch_size, "lanes": self.plan.lanes}
+        snapshots = [dataset.snapshot.digest for dataset in self.mixture.datasets]
+        order = {"seed": self.seed, "batch_size": self.plan.batch_size, "lanes": self.plan.lanes}
+        return {**order, "snapshots": snapshots, "weights": self.mixture.weights}
 
     def to_float(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) of a batch, on any device, as float32 in the convention of `space`."""
@@ -143,10 +157,37 @@ class LatentLoader:
             values = values * scale + offset
         return stored.convert(values, self.space)
 
-    def _open(self, name: tuple[int, int]) -> OpenShard:
-        source, number = name
+    def _read(self, step: int, part: slice) -> list[Group]:
+        """Where the samples in a part of a batch are, in shards that are open."""
+        while True:
+            with self._lock:
+                pieces = self.mixture.resolve(self.plan.pieces(step, part), self.buckets)
+                runs = [(piece, run) for piece in pieces for run in stretches(piece.places.shards)]
+                names = [self._name(piece.source, int(piece.places.shards[run.start])) for piece, run in runs]
+            with suppress(_RewrittenError):
+                shards = self._shelf.get(list(dict.fromkeys(names)))
+                return [
+                    Group(shards[name], piece.slots[run], piece.places.rows[run], piece.places.epochs[run])
+                    for name, (piece, run) in zip(names, runs, strict=True)
+                ]
+
+    def _name(self, source: int, shard: int) -> Name:
+        source = 0 if self.buckets else source
+        return source, shard, self.mixture.datasets[source].shards[shard].generation
+
+    def _open(self, name: Name) -> OpenShard:
+        source, number, generation = name
         dataset = self.mixture.datasets[source]
-        return open_shard(dataset, dataset.shards[number], self.tokenizer, self._cache, self._verify)
+        info = dataset.shards[number]
+        if info.generation != generation:
+            raise _RewrittenError
+        try:
+            return open_shard(dataset, info, self.tokenizer, self._cache, self._verify)
+        except ShardMissing:
+            with self._lock:  # a takedown deletes the file that it rewrote
+                if dataset.shards[number].generation == generation and not dataset.refresh(number):
+                    raise
+            raise _RewrittenError from None
 
     def _gather(self, step: int, groups: list[Group]) -> Batch:
         count = self.part.stop - self.part.start
@@ -155,16 +196,20 @@ class LatentLoader:
             words[group.slots], epochs[group.slots] = group.shard.words[group.rows], group.epochs
         seeds = mix(self.seed, epochs, words)
         return {
-            "latents": self._latents(groups, self._views(seeds)),
+            "latents": self._latents(groups, self._views(seeds), self._shape(step)),
             **_text(groups, count),
             "keys": _column([(group, group.shard.keys) for group in groups], count),
             "seeds": torch.from_numpy((seeds >> np.uint64(1)).astype(np.int64)),
             "epoch": step * self.plan.batch_size // self.epoch_samples,
         }
 
-    def _latents(self, groups: list[Group], views: NDArray[np.int64]) -> Tensor:
+    def _shape(self, step: int) -> Shape:
+        bucket = self.plan.bucket(step)
+        return self.dataset.one_shape() if bucket is None else shape_of(self.buckets[bucket])
+
+    def _latents(self, groups: list[Group], views: NDArray[np.int64], shape: Shape) -> Tensor:
         """The rows, in one copy, during which other threads run."""
-        space, shape = self.dataset.latent_space, self.dataset.one_shape()
+        space = self.dataset.latent_space
         width = stored_dtype(space).itemsize * math.prod(shape)
         rows = [memoryview(b"")] * len(views)
         for group in groups:
@@ -183,19 +228,6 @@ class LatentLoader:
 
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
-def _names(pieces: list[Piece]) -> list[tuple[int, int]]:
-    return [(piece.source, int(shard)) for piece in pieces for shard in np.unique(piece.places.shards)]
-
-
-def _groups(pieces: list[Piece], shards: dict[tuple[int, int], OpenShard]) -> list[Group]:
-    groups = []
-    for source, slots, (epochs, numbers, rows) in pieces:
-        for run in runs(numbers):
-            shard = shards[source, int(numbers[run.start])]
-            groups.append(Group(shard, slots[run], rows[run], epochs[run]))
-    return groups
 
 
 def _text(groups: list[Group], count: int) -> dict[str, Any]:

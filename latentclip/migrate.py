@@ -1,17 +1,19 @@
 """Write the records of an older format anew in the newest one, so that they need no upgrade when they are read.
 
 Data files stay as they are, and so do all checksums of them. Each file is replaced at once, and a folder of mixed
-versions is read like any other: a migration may be interrupted and repeated.
+versions is read like any other: a migration may be interrupted and repeated. Only bucketed latents are read, for
+their shapes, which records hold since version 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from latentclip.errors import UsageError
-from latentclip.records import DATASET_FILE, RECORD_SUFFIX, DatasetFile, seal, unseal
+from latentclip.records import DATASET_FILE, RECORD_SUFFIX, DatasetFile, Record, finished, seal, unseal
+from latentclip.shards import read_shard, shapes_of
 from latentclip.storage import Folder
 from latentclip.tombstones import FOLDER
 
@@ -44,8 +46,7 @@ def migrate(latents: str, dry_run: bool = False) -> Migration:
         UsageError: the folder holds no latents, or latents of a newer format; nothing is written.
     """
     folder = Folder(latents)
-    DatasetFile.read(folder)
-    result = Migration()
+    dataset, result = DatasetFile.read(folder), Migration()
     for place, name in _sealed(folder):
         result.files += 1
         try:
@@ -58,7 +59,24 @@ def migrate(latents: str, dry_run: bool = False) -> Migration:
             result.migrated += 1
             if not dry_run:
                 place.replace(name, newest)
+    if dataset.latent_shape is None:
+        _fill_in_shapes(folder, result, dry_run)
     return result
+
+
+def _fill_in_shapes(folder: Folder, result: Migration, dry_run: bool) -> None:
+    """Write into the records that count which rows are of which shape, where an older format had left it out."""
+    for name in finished(folder).values():
+        try:
+            record = Record.read(folder, name)
+            if record.shapes or not record.counts.stored:
+                continue
+            rows = read_shard(folder.path(record.data), columns=["latent"], checksum=record.sha256, size=record.bytes)
+        except (UsageError, FileNotFoundError) as error:
+            result.problems += [str(error)] * (str(error) not in result.problems)
+            continue
+        if not dry_run:
+            folder.replace(name, seal(asdict(replace(record, shapes=shapes_of(rows)))))
 
 
 def _sealed(folder: Folder) -> Iterator[tuple[Folder, str]]:

@@ -54,7 +54,7 @@ def permutation(count: int, *words: int) -> Positions:
     return np.argsort(mix(*words, np.arange(count, dtype=np.uint64)), kind="stable").astype(np.int64)
 
 
-def runs(*values: Positions) -> list[slice]:
+def stretches(*values: Positions) -> list[slice]:
     """The stretches of (n,) arrays in which none of them changes."""
     changes = np.zeros(len(values[0]) + 1, bool)
     changes[[0, -1]] = True
@@ -98,7 +98,7 @@ class SampleOrder:
         """
         epochs, shards, inside = self._lines(step, slots)
         rows = np.empty_like(inside)
-        for run in runs(epochs, shards):
+        for run in stretches(epochs, shards):
             rows[run] = self._rows_of(int(epochs[run.start]), int(shards[run.start]))[inside[run]]
         return Places(epochs, shards, rows)
 

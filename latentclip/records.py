@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from latentclip import lineage
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.storage import Folder
@@ -110,6 +111,10 @@ class Record:
     statistics: dict[str, list[float]]
     """`channel_mean` and `channel_std` over the samples and cells of the first view; empty lists if none is stored.
     `black_share`, `constant_share`, `duplicates` and `psnr` are of the images as they were encoded (`audit`)."""
+    row_ids: lineage.Ranges
+    """Of the stored rows, in stored order: what they are called in all generations of the shard (`lineage`)."""
+    shapes: dict[str, lineage.Ranges]
+    """The stored rows of each shape, `{"4x48x80": [[0, 3], [7, 9]]}`; empty where all latents have the dataset's."""
     format_version: int = FORMAT_VERSION
     reencoded: int = 0
     """Stored latents that were not finite at first and were computed again in float32."""
@@ -139,6 +144,9 @@ class Record:
             raise ConservationError(
                 f"shard {self.shard}: filtered or removed keys differ from their counts in {counts}"
             )
+        shaped = sum(map(lineage.count, self.shapes.values()))
+        if lineage.count(self.row_ids) != counts.stored or shaped not in (0, counts.stored):
+            raise ConservationError(f"shard {self.shard}: row ids or shapes are not those of {counts.stored} rows")
 
     def unstored_keys(self) -> list[str]:
         """The keys of all planned samples that are not stored."""
@@ -152,8 +160,9 @@ class Record:
     @classmethod
     def read(cls, folder: Folder, name: str) -> Record:
         """Read a record; raises FileNotFoundError if absent, and ShardCorrupt if it or its law is broken."""
-        values = unseal(folder.read(name), folder.path(name))
+        data = folder.read(name)
         try:
+            values = unseal(data, folder.path(name))
             record = cls(**{**values, "input": Input(**values["input"]), "counts": Counts(**values["counts"])})
             record.check_conservation()
         except (TypeError, KeyError, AttributeError, ConservationError) as error:

@@ -144,9 +144,9 @@ def _publish_without(folder: Folder, dataset: DatasetFile, record: Record, stone
     rows = read_shard(folder.path(record.data), checksum=record.sha256, size=record.bytes, dataset=dataset)
     covered = [stones.cover(key, _row(rows, index)) for index, key in enumerate(rows.keys)]
     gone = [key for key, hit in zip(rows.keys, covered, strict=True) if hit]
-    left = take(rows, [index for index, hit in enumerate(covered) if not hit])
+    left = [index for index, hit in enumerate(covered) if not hit]
     outcome = outcome_of(record, removed_keys=[*record.removed_keys, *gone])
-    return write_shard(folder, dataset, left, outcome, supersedes=record)
+    return write_shard(folder, dataset, take(rows, left), outcome, supersedes=record, origins=left)
 
 
 def outcome_of(record: Record, **changes: Any) -> Outcome:

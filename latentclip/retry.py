@@ -77,10 +77,10 @@ def retry(
     work = encoder.work(sorting.to_encode(islice(iter(source), limit)))
     if sorting.strangers or not sorting.complete:
         raise ShardUnreadable(f"{shard_url} is not the {record.input.name} that was encoded; give that one")
-    rows, outcome = sorting.result(work, Input(source.name, source.size), source.truncated)
+    rows, origins, outcome = sorting.result(work, Input(source.name, source.size), source.truncated)
     if outcome == outcome_of(record):
         return record
-    newest = write_shard(folder, dataset, rows, outcome, supersedes=record)
+    newest = write_shard(folder, dataset, rows, outcome, supersedes=record, origins=origins)
     return honour_late_tombstones(folder, dataset, newest, stones)
 
 
@@ -136,8 +136,8 @@ class _Sorting:
         filtered = {key for keys in self.filtered.values() for key in keys}
         return self.row.keys() | self.reason.keys() <= {key for key, _ in self.order} | set(self.removed) | filtered
 
-    def result(self, work: Work, source: Input, truncated: bool) -> tuple[LatentRows, Outcome]:
-        """The rows to store and what became of the others."""
+    def result(self, work: Work, source: Input, truncated: bool) -> tuple[LatentRows, list[int], Outcome]:
+        """The rows to store, which stored row each of them was (-1 if none), and what became of the others."""
         place = {key: len(self.old) + index for index, key in enumerate(work.keys)} | self.row
         failed = {key: reason for reason, keys in work.rejected.items() for key in keys}
         chosen: list[int] = []
@@ -158,4 +158,5 @@ class _Sorting:
             reencoded=self.record.reencoded + work.reencoded,
             clipped=self.record.clipped + work.clipped,
         )
-        return take(join(self.old, work.rows()), chosen), outcome
+        origins = [row if row < len(self.old) else -1 for row in chosen]
+        return take(join(self.old, work.rows()), chosen), origins, outcome

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from latentclip import lineage
 from latentclip.containers import LatentRows, parse, serialise
 from latentclip.latent_space import LatentSpace
 from latentclip.quantise import all_finite, to_float
-from latentclip.ragged import Latents, blocks
+from latentclip.ragged import Latents, RaggedLatents, blocks, row_shapes
 from latentclip.records import (
     SUFFIXES,
     Counts,
@@ -43,18 +44,25 @@ __all__ = [
     "finished",
     "read_shard",
     "serialise",
+    "shapes_of",
     "write_shard",
 ]
 
 
 def write_shard(
-    folder: Folder, dataset: DatasetFile, rows: LatentRows, outcome: Outcome, supersedes: Record | None = None
+    folder: Folder,
+    dataset: DatasetFile,
+    rows: LatentRows,
+    outcome: Outcome,
+    supersedes: Record | None = None,
+    origins: Sequence[int] = (),
 ) -> Record:
     """Publish one shard, the data file first and its record last, and return the record that counts.
 
     May be interrupted and repeated anywhere. A shard that has a record is left alone. A data file without a record is
     adopted if it holds these bytes; else its writer died or works elsewhere, and the next generation is published.
     `supersedes` is the record whose shard is published anew: one of a later generation is then what is left alone.
+    `origins` says for each row which row of that shard it was, -1 for a new one.
     An old attempt that publishes after its successor is told of the successor's record.
 
     Raises:
@@ -67,7 +75,12 @@ def write_shard(
         if existing := find_record(folder, outcome.shard, dataset.container, first):
             return existing
         name = data_name(outcome.shard, generation, dataset.container)
-        record = _record(name, generation, data, rows, outcome, dataset.latent_space)
+        row_ids = (
+            lineage.inherit(supersedes.row_ids, origins, generation)
+            if supersedes
+            else lineage.fresh(generation, len(rows))
+        )
+        record = _record(name, generation, data, rows, row_ids, outcome, dataset.latent_space)
         if folder.create(record.data, data):
             record.publish(folder)
             if not folder.exists(record.data):  # this writer stood still for so long that it was collected as an orphan
@@ -89,7 +102,13 @@ def find_record(folder: Folder, shard: str, container: str, first: int = 0) -> R
 
 
 def _record(
-    data_file: str, generation: int, data: Buffer, rows: LatentRows, outcome: Outcome, space: LatentSpace
+    data_file: str,
+    generation: int,
+    data: Buffer,
+    rows: LatentRows,
+    row_ids: lineage.Ranges,
+    outcome: Outcome,
+    space: LatentSpace,
 ) -> Record:
     """The record of these rows. Raises ConservationError if they are not what the outcome leaves to be stored."""
     assert len(set(rows.keys)) == len(rows), f"duplicate keys in shard {outcome.shard}"
@@ -112,12 +131,20 @@ def _record(
         removed_keys=list(outcome.removed_keys),
         truncated=outcome.truncated,
         statistics={**outcome.statistics, **channel_statistics(rows.latents[0], space)},
+        row_ids=row_ids,
+        shapes=shapes_of(rows),
         reencoded=outcome.reencoded,
         clipped=outcome.clipped,
         xxh3=xxhash.xxh3_128(data).hexdigest(),
     )
     record.check_conservation()
     return record
+
+
+def shapes_of(rows: LatentRows) -> dict[str, lineage.Ranges]:
+    """The rows of each shape, as a record has them; empty for latents of one shape."""
+    plain = rows.latents[0]
+    return lineage.rows_by_shape(row_shapes(plain)) if isinstance(plain, RaggedLatents) else {}
 
 
 def channel_statistics(latents: Latents, space: LatentSpace) -> dict[str, list[float]]:

@@ -109,13 +109,13 @@ def status(latents: str, pairs: str | None = None, records: bool = True) -> Stat
         tombstones=sum(map(len, read_tombstones(folder).entries.values())),
         runs=[_last_run(folder, name) for name in sorted(written) if name.endswith(LOG_SUFFIX)],
     )
-    result.shards_to_do = _to_do(folder, pairs, done | held)
+    result.shards_to_do = pair_shards_to_do(folder, pairs, done | held)
     planned = _count(result, folder, done.values()) if records else {}
     _rate(result, {name: time for name, time in written.items() if name.endswith(RECORD_SUFFIX)}, planned)
     return result
 
 
-def _to_do(folder: Folder, pairs: str | None, done: dict[str, str]) -> int | None:
+def pair_shards_to_do(folder: Folder, pairs: str | None, done: dict[str, str]) -> int | None:
     """Pair shards without a record, be it in quarantine; None if neither pairs nor the last encode tell of any."""
     source = pairs
     try:

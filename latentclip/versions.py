@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from latentclip import lineage
 from latentclip.errors import UsageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _keys_by_filter(values: dict[str, Any]) -> dict[str, Any]:
@@ -15,7 +16,19 @@ def _keys_by_filter(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "filtered_keys": {}} if "filtered_keys" in values else values
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keys_by_filter}
+def _row_ids(values: dict[str, Any]) -> dict[str, Any]:
+    """Rows have ids since version 3. Those of older records count as new in their generation.
+
+    What a later generation of an older format kept of an earlier one is unknown, so that nothing is taken for the row
+    that it was: to a training pinned before, such a rewritten shard has lost all its rows. Shapes of bucketed
+    latents stand in the shard alone, and `migrate` fills them in.
+    """
+    if "keys_sha256" not in values:
+        return values
+    return {**values, "row_ids": lineage.fresh(values["generation"], values["counts"]["stored"]), "shapes": {}}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keys_by_filter, 2: _row_ids}
 """What makes the next version of each, for files of every kind."""
 
 

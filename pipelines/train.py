@@ -33,7 +33,9 @@ from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, Place, check_settings
 from latentclip.model import build_model, resolve_config
+from latentclip.pinning import notices
 from latentclip.records import differences
+from latentclip.snapshot import read_snapshot
 from latentclip.storage import Folder
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
 from pipelines.configs import TrainConfig, parse, write_config
@@ -197,20 +199,22 @@ def _fit(trainer: TorchTrainer, outcome: list[BaseException]) -> None:
 
 
 def describe(config: TrainConfig) -> str:
-    """What would be trained on what, for the first line and for `--dry-run`. Raises UsageError for wrong input."""
+    """What would be trained on what, for the first lines and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
-    check_settings(dataset, config.settings, config.workers)
     if checkpoint := newest_good(Path(config.run)):
+        dataset = dataset.at(read_snapshot(checkpoint))
         theirs, _ = read_space(checkpoint)
         dataset.space.require_same_encoder(theirs, mine=dataset.source, theirs=f"the run {checkpoint}")
+    check_settings(dataset, config.settings, config.workers)
     grid = dataset.dataset.grid
     model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)
     millions = sum(value.numel() for value in model.parameters()) / 1e6
-    return (
+    line = (
         f"{config.settings.model} ({millions:.1f} M parameters) on {pairs} pairs in {len(dataset)} shards of "
         f"{dataset.space}, batch {config.settings.batch_size}, {config.workers} workers"
     )
+    return "\ntrain: ".join([line, *notices(dataset)])
 
 
 def run(config: TrainConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Latents as version 1 of the format had them, made anew for each test."""
+"""Latents as versions 1 and 2 of the format had them, made anew for each test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from latent_samples import make_dataset, make_outcome, make_rows
 
-from latentclip.records import Record, seal, unseal
+from latentclip.records import RECORD_SUFFIX, Record, seal, unseal
 from latentclip.shards import write_shard
 from latentclip.storage import Folder
 
@@ -31,3 +31,12 @@ def fill_format_1(path: Path | str, shards: int = 2, rows: int = 4, **options: A
         folder.replace(record.name, seal(values))
         records.append(record)
     return folder, records
+
+
+def to_format_2(folder: Folder) -> None:
+    """Take out of the records of a folder what version 3 added."""
+    for name in folder.names():
+        if name.endswith(RECORD_SUFFIX):
+            values = unseal(folder.read(name), name)
+            kept = {key: value for key, value in values.items() if key not in ("row_ids", "shapes")}
+            folder.replace(name, seal({**kept, "format_version": 2}))

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latent_samples import fill
+from latent_samples import fill, make_dataset, make_outcome, make_rows
 from open_clip.loss import ClipLoss
 
-from latentclip.checkpoint import newest_good
+from latentclip.checkpoint import newest_good, save_checkpoint
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, FitSettings
 from latentclip.loader import LatentLoader
 from latentclip.model import build_model, resolve_config
+from latentclip.shards import write_shard
+from latentclip.snapshot import read_snapshot
 from latentclip.text import load_tokenizer
 from latentclip.training import Optimisation, build_optimiser, learning_rate
 
@@ -60,6 +62,33 @@ def test_lines_after_the_last_checkpoint_are_written_again(latents: LatentDatase
         log.write('{"step": 1, "loss": 99}\n{"step": 2, "lo')  # written by a process that died here
     fit(latents, tmp_path / "killed").run()
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_its_snapshot_while_the_data_set_grows(tmp_path: Path) -> None:
+    folder, _ = fill(tmp_path / "latents", shards=2, rows=16, latent_shape=(4, 4, 4))
+    fit(LatentDataset(folder.url), tmp_path / "whole").run()
+    Fit(LatentDataset(folder.url), tmp_path / "parts", settings(), stop=lambda: True, report=lambda _: None).run()
+    rows = make_rows(16, seed=5, prefix="00002", shape=(4, 4, 4))
+    write_shard(folder, make_dataset(latent_shape=(4, 4, 4)), rows, make_outcome("00002", rows))
+    resumed = fit(LatentDataset(folder.url), tmp_path / "parts")
+    assert len(resumed.dataset) == 2
+    resumed.run()
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert read_snapshot(newest_good(tmp_path / "parts")) == read_snapshot(newest_good(tmp_path / "whole"))
+    folder.delete("00001.record.json")
+    with pytest.raises(UsageError, match="is not what the run was begun with: 00001 is not there"):
+        fit(LatentDataset(folder.url), tmp_path / "parts")
+
+
+def test_a_checkpoint_without_a_snapshot_is_a_sentence(latents: LatentDataset, tmp_path: Path) -> None:
+    run = fit(latents, tmp_path)
+    tensors = {"optimiser": {"step": torch.zeros(1)}}
+    place = tmp_path / "checkpoints" / "step_00000001"
+    save_checkpoint(
+        place, model=run.model, config=run.config, space=latents.space, grid=4, tokenizer=run.tokenizer, tensors=tensors
+    )
+    with pytest.raises(UsageError, match=r"does not say what its run is trained on.* begin a new run"):
+        fit(latents, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_passed_over(latents: LatentDataset, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from format_1 import fill_format_1
+from format_1 import fill_format_1, to_format_2
 from latent_samples import fill, make_dataset, make_outcome, make_rows
 
 from latentclip.__main__ import main
@@ -99,6 +99,37 @@ def test_a_killed_migration_goes_on(tmp_path: Path) -> None:
     for name in Folder(tmp_path / "whole").names():
         assert folder.read(name) == Folder(tmp_path / "whole").read(name), name
     assert len(records) == 150
+
+
+def test_rows_of_older_generations_count_as_new_in_theirs(tmp_path: Path) -> None:
+    folder, _ = fill(tmp_path, shards=2)
+    remove(folder.url, ["0000100001"])
+    to_format_2(folder)
+    ids = [info.row_ids for info in LatentDataset(tmp_path).shards]
+    assert ids == [[[0, 4]], [[2**32, 2**32 + 3]]], "what generation 1 kept of generation 0 was not written down"
+    assert migrate(folder.url).migrated == 3
+    assert [info.row_ids for info in LatentDataset(tmp_path).shards] == ids
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_shapes_of_buckets_are_filled_in(tmp_path: Path, container: str) -> None:
+    folder, records = fill(tmp_path, shards=3, latent_shape=None, container=container)
+    remove(folder.url, ["0000000001"])
+    expected = [info.shapes for info in LatentDataset(tmp_path).shards]
+    to_format_2(folder)
+    before = {name: folder.read(name) for name in folder.names()}
+    assert migrate(folder.url, dry_run=True).problems == []
+    assert {name: folder.read(name) for name in folder.names()} == before
+    data = folder.read(records[2].data)
+    folder.replace(records[2].data, data[:-1])
+    (problem,) = migrate(folder.url).problems
+    assert f"{records[2].data} holds {len(data) - 1} bytes" in problem
+    folder.replace(records[2].data, data)
+    assert migrate(folder.url).problems == []
+    assert [info.shapes for info in LatentDataset(tmp_path).shards] == expected
+    written = folder.modified()
+    migrate(folder.url)
+    assert folder.modified() == written
 
 
 def test_every_older_version_has_its_step() -> None:

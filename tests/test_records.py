@@ -49,6 +49,8 @@ def test_record_reads_back(tmp_path: Path, record: Record) -> None:
         {"rejects": {"image_broken": 2}},
         {"rejects": {"truncated": 1}},
         {"rejected_keys": {}},
+        {"row_ids": [[0, 3]]},
+        {"shapes": {"4x1x1": [[0, 2], [3, 4]]}},
     ],
 )
 def test_law_notices_a_difference_of_one(record: Record, changes: dict[str, Any]) -> None:
@@ -83,6 +85,16 @@ def test_unknown_format_asks_for_an_update(version: Any) -> None:
         unseal(seal({"format_version": version}), "x")
 
 
+def test_a_record_says_which_row_is_which_and_of_what_shape(tmp_path: Path, record: Record) -> None:
+    assert (record.row_ids, record.shapes) == ([[0, 4]], {})
+    bucketed = fill(tmp_path / "buckets", shards=1, latent_shape=None)[1][0]
+    assert (bucketed.row_ids, bucketed.shapes) == ([[0, 4]], {"4x2x3": [[0, 4]]})
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "00000.parquet").write_bytes(b"torn")
+    superseding = fill(tmp_path / "torn", shards=1)[1][0]
+    assert superseding.row_ids == [[2**32, 2**32 + 4]], "of generation 1, which took no rows over"
+
+
 @pytest.mark.parametrize("changes", [{"data": "../x.parquet"}, {"shard": "00001"}, {"generation": 1}])
 def test_record_of_another_file_is_refused(tmp_path: Path, record: Record, changes: dict[str, Any]) -> None:
     folder = Folder(tmp_path / "other")
@@ -94,9 +106,12 @@ def test_record_of_another_file_is_refused(tmp_path: Path, record: Record, chang
 
 
 def test_sealed_but_incomplete_record_is_corrupt(tmp_path: Path) -> None:
-    Folder(tmp_path).create("a.record.json", seal({"format_version": 1, "input": {}}))
-    with pytest.raises(ShardCorrupt, match="no valid record"):
-        Record.read(Folder(tmp_path), "a.record.json")
+    folder = Folder(tmp_path)
+    folder.create("a.record.json", seal({"format_version": 1, "input": {}}))
+    folder.create("b.record.json", seal({"format_version": 2, "keys_sha256": ""}))
+    for name in folder.names():
+        with pytest.raises(ShardCorrupt, match="no valid record"):
+            Record.read(folder, name)
 
 
 def test_dataset_file_publishes_once(tmp_path: Path) -> None:

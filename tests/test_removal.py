@@ -69,6 +69,7 @@ def test_keys_and_urls_leave_and_the_rest_stays(tmp_path: Path, container: str, 
     record = Record.read(folder, "00001.g1.record.json")
     assert record.removed_keys == ["0000100000", "0000100003"]
     assert (record.counts.planned, record.counts.stored, record.counts.removed) == (5, 2, 2)
+    assert record.row_ids == [[1, 3]], "rows that remain keep their ids"
     report = verify(folder.url)
     assert (report.state, report.removed) == ("complete", 3)
 
@@ -188,6 +189,7 @@ def test_removers_at_once_all_win(tmp_path: Path) -> None:
     assert [problem for one in done for problem in one.problems] == []
     assert verify(folder.url).state == "complete"
     stored = {key for rows in LatentDataset(folder.url) for key in rows.keys}
+    assert [info.row_ids for info in LatentDataset(folder.url).shards] == [[[6, 20]]] * 2
     assert stored.isdisjoint(keys)
     assert len(stored) == 28
     assert read_tombstones(folder).entries == {"url": frozenset(keys)}

@@ -15,6 +15,7 @@ from latentclip.dataset import LatentDataset
 from latentclip.decoders import Prepared
 from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
+from latentclip.lineage import PER_GENERATION
 from latentclip.pairs import Pair, PairShard
 from latentclip.records import Record
 from latentclip.rejects import RETRYABLE, Reason, Rejected
@@ -25,6 +26,8 @@ from latentclip.verify import verify
 from pipelines import encode
 from pipelines.experiments import DEMO
 
+NEW = PER_GENERATION
+"""The first id of the rows that generation 1 brings."""
 SETTINGS = EncodeSettings(image_size=64, batch_size=4, views=2)
 
 
@@ -69,6 +72,8 @@ def test_only_the_cured_rejects_are_encoded_again(tmp_path: Path) -> None:
     after = retry(cured, url, before, RETRYABLE)
     assert sorted(decoded) == sorted(ill)
     assert (after.generation, after.rejected_keys) == (1, whole.rejected_keys)
+    assert before.row_ids == [[0, 8]]
+    assert after.row_ids == [[0, 1], [NEW, NEW + 1], [1, 4], [NEW + 1, NEW + 2], [4, 8], [NEW + 2, NEW + 3]]
     (new,), (expected,) = LatentDataset(tmp_path / "latents"), LatentDataset(tmp_path / "whole")
     assert (new.keys, new.captions, new.metadata) == (expected.keys, expected.captions, expected.metadata)
     assert new.keys == good
@@ -93,6 +98,7 @@ def test_named_reasons_alone_and_nothing_without_a_change(tmp_path: Path) -> Non
     assert (after.counts.stored, after.counts.planned) == (before.counts.stored + 1, before.counts.planned)
     other = retry(encoder(tmp_path / "latents", {"k01": Reason.IMAGE_TOO_SLOW}.get), url, after, RETRYABLE)
     assert (other.generation, other.rejected_keys["image_too_slow"]) == (2, ["k01"])
+    assert after.row_ids == other.row_ids == [[0, 4], [NEW, NEW + 1], [4, 9]]
 
 
 def test_the_same_retry_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -116,6 +122,7 @@ def test_tombstones_come_first(tmp_path: Path) -> None:
     before = Record.read(Folder(tmp_path / "latents"), "00000.g1.record.json")
     after = retry(encoder(tmp_path / "latents"), url, before, RETRYABLE)
     assert (after.removed_keys, after.counts.stored) == (["k07", "k05"], 9)
+    assert after.row_ids == [[0, 1], [2 * NEW, 2 * NEW + 1], [1, 5], [6, 9]]
     assert "decoder_died" not in after.rejects
     assert verify(str(tmp_path / "latents"), str(tmp_path / "pairs")).state == "complete"
 
