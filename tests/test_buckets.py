@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +38,7 @@ from latentclip.ragged import RaggedLatents, from_arrow, row_shapes, to_arrow
 from latentclip.records import Record
 from latentclip.rejects import Reason
 from latentclip.retry import retry
+from latentclip.shards import write_shard
 from latentclip.storage import Folder
 from latentclip.verify import verify
 from latentclip.views import PHOTOS
@@ -201,13 +204,54 @@ def test_buckets_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, o
     assert not (tmp_path / "latents").exists()
 
 
-def test_training_and_loading_refuse_several_shapes_in_a_sentence(tmp_path: Path) -> None:
+def test_training_refuses_several_shapes_in_a_sentence(tmp_path: Path) -> None:
     fill(tmp_path / "latents", shards=1, latent_shape=None)
     dataset = LatentDataset(tmp_path / "latents")
     with pytest.raises(UsageError, match=r"several shapes \(aspect-ratio buckets\).* --resize crop or pad"):
-        LatentLoader(dataset, lambda captions: torch.zeros(len(captions), 1), batch_size=2).batch(0)
-    with pytest.raises(UsageError, match="several shapes"):
         Fit(dataset, tmp_path / "run", FitSettings(model="Latent-ViT-tiny", steps=1, batch_size=2))
+
+
+BUCKETS = [(4, 2, 3), (4, 3, 2), (4, 6, 1)]
+
+
+@pytest.fixture(scope="module", params=["parquet", "webdataset"])
+def bucketed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
+    """Three shards of 20 rows, of three shapes in turn, the last of which is rare."""
+    folder = Folder(tmp_path_factory.mktemp("bucketed"))
+    dataset = make_dataset(container=request.param, latent_shape=None)
+    dataset.publish(folder)
+    for number in range(3):
+        rows = make_rows(20, seed=number, prefix=f"{number}-")
+        rows.latents = [ragged_rows([BUCKETS[0 if row % 2 else 2 if row == 10 else 1] for row in range(20)])]
+        write_shard(folder, dataset, rows, make_outcome(f"{number:05d}", rows))
+    return LatentDataset(folder.url)
+
+
+def test_a_batch_is_of_one_bucket(bucketed: LatentDataset) -> None:
+    stored = {key: rows.latents[0][row] for rows in bucketed for row, key in enumerate(rows.keys)}
+    loader = LatentLoader(bucketed, batch_size=6, seed=2)
+    seen: Counter[str] = Counter()
+    for batch in itertools.islice(loader.batches(), 10):
+        assert batch["latents"].shape[1:] in BUCKETS[:2]
+        for key, latent in zip(batch["keys"], batch["latents"], strict=True):
+            np.testing.assert_array_equal(latent.numpy(), stored[key])
+        seen.update(batch["keys"])
+    assert len(seen) >= 54  # of 57 in the buckets that fill a batch
+    assert max(seen.values()) <= 2
+    assert loader.mixture.rows_left_out(6) == 3
+
+
+def test_ranks_share_a_batch_of_one_bucket(bucketed: LatentDataset) -> None:
+    ranks = [LatentLoader(bucketed, batch_size=6, rank=rank, world_size=3) for rank in range(3)]
+    for step in range(12):
+        parts = [rank.batch(step) for rank in ranks]
+        assert len({part["latents"].shape for part in parts}) == 1
+        assert [key for part in parts for key in part["keys"]] == ranks[0].keys(step)
+
+
+def test_a_batch_that_no_bucket_fills_is_a_sentence(bucketed: LatentDataset) -> None:
+    with pytest.raises(UsageError, match=r"no bucket of .* fills a batch of 60 .* smaller --batch-size"):
+        LatentLoader(bucketed, batch_size=60)
 
 
 def ragged_rows(shapes: list[tuple[int, int, int]], dtype: str = "float16") -> RaggedLatents:

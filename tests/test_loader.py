@@ -19,6 +19,7 @@ from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.loader import LatentLoader
 from latentclip.mixture import Mixture
+from latentclip.removal import remove
 from latentclip.shards import ShardCorrupt, write_shard
 from latentclip.storage import Folder
 from latentclip.views import DRAWINGS
@@ -179,3 +180,26 @@ def fill_like(dataset: LatentDataset, path: Path) -> None:
     rows = dataset.read(0)
     rows.keys = [f"other-{key}" for key in rows.keys]
     write_shard(folder, dataset.dataset, rows, make_outcome("00000", rows))
+
+
+def test_rows_removed_under_way_give_way_and_all_others_stay(tmp_path: Path) -> None:
+    fill(tmp_path, shards=3, rows=12)
+    source, running = (LatentLoader(LatentDataset(tmp_path), batch_size=6) for _ in range(2))
+    before = [source.keys(step) for step in range(12)]
+    gone = before[7][2]
+    remove(str(tmp_path), [gone])  # the file that `running` knows is rewritten and deleted
+    after = [running.batch(step)["keys"] for step in range(12)]
+    assert gone not in itertools.chain(*after)
+    assert sum(map(len, after)) == sum(map(len, before))
+    pairs = zip(itertools.chain(*before), itertools.chain(*after), strict=True)
+    assert {old for old, new in pairs if old != new} == {gone}
+
+
+def test_a_shard_that_disappears_under_way_is_a_sentence(tmp_path: Path) -> None:
+    folder, records = fill(tmp_path, shards=3, rows=12)
+    source = LatentLoader(LatentDataset(tmp_path), batch_size=6)
+    for record in records:
+        folder.delete(record.data)
+        folder.delete(record.name)
+    with pytest.raises(ShardCorrupt, match=r"lost a shard of the run under way: .* or begin a new run"):
+        source.batch(0)
