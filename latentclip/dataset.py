@@ -16,13 +16,14 @@ from latentclip.storage import Folder, list_shards, locate, shard_stem
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a reader must know to plan and check: `rows` stored in the data file `url`, whose SHA-256 is `sha256`."""
+    """What a reader must know to plan and check: `rows` stored in the data file `url` of `bytes` bytes and a SHA-256."""
 
     url: str
     name: str
     rows: int
     sha256: str
     generation: int
+    bytes: int
 
 
 class LatentDataset:
@@ -93,4 +94,6 @@ def _named(urls: list[str]) -> list[tuple[Folder, str]]:
 
 def _info(folder: Folder, name: str) -> ShardInfo:
     record = Record.read(folder, name)
-    return ShardInfo(folder.path(record.data), record.data, record.counts.stored, record.sha256, record.generation)
+    return ShardInfo(
+        folder.path(record.data), record.data, record.counts.stored, record.sha256, record.generation, record.bytes
+    )

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from latentclip._stores import Buffer, LocalStore, open_store
+from latentclip._local_store import Buffer, LocalStore
+from latentclip._stores import open_store
 from latentclip.errors import UsageError
 
 LIST_PAGE = 1_000
@@ -49,6 +50,14 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The whole file; raises FileNotFoundError if it is absent."""
         return self._store.read(name)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError if it is absent."""
+        return self._store.size(name)
+
+    def read_range(self, name: str, start: int, stop: int) -> Buffer:
+        """The bytes from `start` to before `stop`; raises UnsupportedOperation where a server has no ranges."""
+        return self._store.read_range(name, start, stop)
 
     def open(self, name: str) -> BinaryIO:
         """The file, to read parts of it; raises FileNotFoundError if it is absent."""
