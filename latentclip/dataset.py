@@ -7,16 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentclip.cache import ShardCache
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.records import DATASET_FILE, SUFFIXES, DatasetFile, Record, finished, split_generation
-from latentclip.shards import LatentRows, read_shard
+from latentclip.shards import LatentRows, parse_shard
+from latentclip.source import shard_bytes
 from latentclip.storage import Folder, list_shards, locate, shard_stem
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a reader must know to plan and check: `rows` stored in the data file `url` of `bytes` bytes and a SHA-256."""
+    """What a reader must know to plan and check: the data file `url` holds `rows` rows in `bytes` bytes."""
 
     url: str
     name: str
@@ -55,10 +57,10 @@ class LatentDataset:
         """Number of shards."""
         return len(self.shards)
 
-    def read(self, index: int, columns: Sequence[str] | None = None) -> LatentRows:
+    def read(self, index: int, columns: Sequence[str] | None = None, cache: ShardCache | None = None) -> LatentRows:
         """The rows of one shard, checked against its record; raises ShardCorrupt. For `columns` see `read_shard`."""
         info = self.shards[index]
-        return read_shard(info.url, columns=columns, checksum=info.sha256, dataset=self.dataset)
+        return parse_shard(shard_bytes(info, cache), info.url, columns=columns, dataset=self.dataset)
 
     def __iter__(self) -> Iterator[LatentRows]:
         return (self.read(index) for index in range(len(self)))

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentclip.cache import ShardCache
 from latentclip.containers import view_names
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
@@ -51,7 +52,7 @@ class LatentLoader:
     The global batch of `batch_size` pairs stands in the sample order; rank r takes its r-th part, so that the ranks'
     parts together are the same batch at any world size. Of the stored views of a sample, the one that a batch holds
     is chosen by (seed, epoch, key): the plain one with probability `plain_share`, else any of them. Latents come out in
-    the convention of `space` (default: as stored).
+    the convention of `space` (default: as stored). Remote shards come through `cache`, or into memory without one.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class LatentLoader:
         window: int = 8,
         plain_share: float = 0.0,
         space: LatentSpace | None = None,
+        cache: ShardCache | None = None,
     ) -> None:
         assert batch_size % world_size == 0, "every rank takes the same part of a batch"
-        self.dataset = dataset
+        self.dataset, self.cache = dataset, cache
         self.tokenizer = tokenizer
         self.seed = seed
         self.space = space or dataset.space
@@ -159,7 +161,7 @@ class LatentLoader:
 
     def _read(self, number: int) -> _Shard:
         text = "tokens" if self._tokens_are_stored else "caption"
-        rows = self.dataset.read(number, columns=[text, *view_names(self.views)])
+        rows = self.dataset.read(number, columns=[text, *view_names(self.views)], cache=self.cache)
         tokens = (
             self.tokenizer(rows.captions) if rows.tokens is None else torch.from_numpy(rows.tokens.astype(np.int64))
         )

@@ -39,6 +39,7 @@ __all__ = [
     "channel_statistics",
     "find_record",
     "finished",
+    "parse_shard",
     "read_shard",
     "serialise",
     "write_shard",
@@ -150,7 +151,6 @@ def read_shard(
         ShardCorrupt: missing, changed, or not of this dataset; the message names the shard.
     """
     folder, name = locate(url)
-    container = next((container for container, suffix in SUFFIXES.items() if name.endswith(suffix)), "parquet")
     try:
         data = folder.read(name)
     except FileNotFoundError:
@@ -159,6 +159,14 @@ def read_shard(
         raise ShardCorrupt(f"{url} holds {len(data)} bytes, its record says {size}; encode its shard again")
     if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
         raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
+    return parse_shard(data, url, columns=columns, dataset=dataset)
+
+
+def parse_shard(
+    data: Buffer, url: str | Path, *, columns: Sequence[str] | None = None, dataset: DatasetFile | None = None
+) -> LatentRows:
+    """The rows in the bytes of the data file `url`; arguments and errors are those of `read_shard`."""
+    container = next((container for container, suffix in SUFFIXES.items() if str(url).endswith(suffix)), "parquet")
     try:
         rows, header = parse(data, container, columns)
         header = upgrade(header)

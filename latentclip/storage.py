@@ -90,6 +90,11 @@ def locate(url: str | Path) -> tuple[Folder, str]:
     return Folder((parent or "/") if slash else "."), unquote(name) if str(url).startswith("file://") else name
 
 
+def is_remote(url: str) -> bool:
+    """Whether a URL is of an object store or another file system, and not of a local disk."""
+    return "://" in url and not url.startswith("file://")
+
+
 def read_bytes(url: str | Path) -> bytes:
     """The whole file at a path or URL; raises FileNotFoundError if it is absent."""
     folder, name = locate(url)
