@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _SHARD = re.compile("[0-9a-f]{64}")
 _PART = ".part"
 """Ending of what is being fetched."""
-_LOCK = "room.lock"
-"""Held while room is made, so that two processes do not count the same free space."""
+ROOM_LOCK = "room.lock"
+"""Held while room is made or a shard gets its name, so that what is counted meanwhile stays what it is."""
 
 
 class _NoRoomError(Exception):
@@ -109,7 +109,7 @@ class ShardCache:
         with _disk():
             data = _mapped(descriptor)
         check(data, info)
-        with _disk(), suppress(FileNotFoundError):  # somebody emptied the folder
+        with self._room(), suppress(FileNotFoundError):  # somebody emptied the folder
             _part(path).rename(path)
         return data
 
@@ -142,8 +142,7 @@ class ShardCache:
 
     def _make_room(self, descriptor: int, size: int) -> None:
         """Let the open file take `size` bytes of disk, within the limit; raises _NoRoomError."""
-        with _disk(), (self.folder / _LOCK).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._room():
             os.ftruncate(descriptor, 0)  # what a killed process had fetched
             shards, used = self._contents()
             for _, freed, path in sorted(shards):
@@ -154,6 +153,14 @@ class ShardCache:
             if used + size > self.limit:
                 raise _NoRoomError(f"its {self.limit / 1e9:.3g} GB are less than the shards being fetched at a time")
             os.posix_fallocate(descriptor, 0, size)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        with _disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / ROOM_LOCK).open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
 
     def _contents(self) -> tuple[list[tuple[int, int, Path]], int]:
         """When each shard was last used, its bytes and path; and the bytes used by all, those being fetched too."""
