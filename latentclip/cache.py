@@ -25,8 +25,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentclip.fetch import check, fetch, read_remote
+from latentclip.fetch import fetch
 from latentclip.records import ShardCorrupt
+from latentclip.source import check, read_remote
 from latentclip.storage import Buffer
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class ShardCache:
         """The bytes of a shard, read-only, their SHA-256 checked. Waits where another process is fetching them.
 
         Raises:
-            ShardCorrupt: the store's object is missing, or not what its record says; the message names it.
+            ShardMissing: the store has no such object.
+            ShardCorrupt: it is not what its record says; the message names it.
             OSError: the store failed for longer than the deadline; the message names the object.
         """
         if not self.limit or not _SHARD.fullmatch(info.sha256):
@@ -92,7 +94,7 @@ class ShardCache:
                     os.utime(file.fileno())  # the last use; a file system may not note it by itself
                 data = _mapped(file.fileno())
         try:
-            check(data, info)
+            check(info.url, data, info.sha256)
         except ShardCorrupt:
             return None
         return data
@@ -108,7 +110,7 @@ class ShardCache:
         fetch(info.url, info.bytes, lambda start, part: _write(descriptor, start, part))
         with _disk():
             data = _mapped(descriptor)
-        check(data, info)
+        check(info.url, data, info.sha256)
         with self._room(), suppress(FileNotFoundError):  # somebody emptied the folder
             _part(path).rename(path)
         return data

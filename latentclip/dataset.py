@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentclip.cache import ShardCache
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.records import DATASET_FILE, SUFFIXES, DatasetFile, Record, finished, split_generation
 from latentclip.shards import LatentRows, parse_shard
-from latentclip.source import shard_bytes
+from latentclip.source import Cache, shard_bytes
 from latentclip.storage import Folder, list_shards, locate, shard_stem
 
 
@@ -57,7 +56,7 @@ class LatentDataset:
         """Number of shards."""
         return len(self.shards)
 
-    def read(self, index: int, columns: Sequence[str] | None = None, cache: ShardCache | None = None) -> LatentRows:
+    def read(self, index: int, columns: Sequence[str] | None = None, cache: Cache | None = None) -> LatentRows:
         """The rows of one shard, checked against its record; raises ShardCorrupt. For `columns` see `read_shard`."""
         info = self.shards[index]
         return parse_shard(shard_bytes(info, cache), info.url, columns=columns, dataset=self.dataset)

@@ -1,6 +1,5 @@
 """Objects of a store read in parts, several at a time, so that one slow or failing answer costs its part alone.
 
-    data = read_remote(info)   # one shard in memory, checked against its record
     fetch("s3://bucket/latents/00000.parquet", size, write=lambda start, part: ...)
 
 Every part has the deadline and the repetitions of any other operation on a store (`_deadline`). Object stores refuse
@@ -9,22 +8,15 @@ forked processes; start the workers of a `DataLoader` over remote shards with `m
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache
 from io import UnsupportedOperation
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from latentclip.records import ShardCorrupt
+from latentclip.records import ShardCorrupt, ShardMissing
 from latentclip.storage import Buffer, Folder, locate
-
-if TYPE_CHECKING:
-    from latentclip.dataset import ShardInfo
 
 PART = 4 << 20
 """Bytes of one request: large beside a store's latency, small beside what a slow link carries in a request's 30 s."""
@@ -36,7 +28,8 @@ def fetch(url: str, size: int, write: Callable[[int, Buffer], None]) -> None:
     """Read the object of `size` bytes at a URL; `write(start, part)` gets each part once, in any order, in threads.
 
     Raises:
-        ShardCorrupt: it is missing or of another size; nothing is read.
+        ShardMissing: there is no such object.
+        ShardCorrupt: it is of another size; nothing is read.
         OSError: the store failed for longer than the deadline; the message names the object.
     """
     folder, name = locate(url)
@@ -58,7 +51,7 @@ def fetch(url: str, size: int, write: Callable[[int, Buffer], None]) -> None:
     except UnsupportedOperation:  # a plain HTTP server
         write(0, folder.read(name))
     except FileNotFoundError:
-        raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again") from None
+        raise ShardMissing(f"{url} is missing; restore it, or encode its shard again") from None
 
 
 def _read_part(folder: Folder, name: str, start: int, stop: int, write: Callable[[int, Buffer], None]) -> None:
@@ -75,25 +68,6 @@ def _settle(parts: list[Future[None]]) -> None:
     for part in parts:
         if not part.cancelled():
             part.exception()
-
-
-def read_remote(info: ShardInfo) -> memoryview:
-    """A remote shard in memory; raises ShardCorrupt if it is missing or not what its record says, and OSError."""
-    data = np.empty(info.bytes, np.uint8)
-
-    def write(start: int, part: Buffer) -> None:
-        data[start : start + len(part)] = np.frombuffer(part, np.uint8)
-
-    fetch(info.url, info.bytes, write)
-    view = data.data.toreadonly()
-    check(view, info)
-    return view
-
-
-def check(data: Buffer, info: ShardInfo) -> None:
-    """Raise ShardCorrupt unless these are the bytes of the shard."""
-    if len(data) != info.bytes or hashlib.sha256(data).hexdigest() != info.sha256:
-        raise ShardCorrupt(f"{info.url} was changed after it was written; restore it, or encode its shard again")
 
 
 class _Requests:

@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from latentclip.cache import ShardCache
 from latentclip.containers import view_names
 from latentclip.dataset import LatentDataset
 from latentclip.latent_space import LatentSpace
 from latentclip.order import SampleOrder, key_words, mix
 from latentclip.quantise import to_float
+from latentclip.source import Cache
 
 Batch = dict[str, Any]
 READ_AHEAD = 4
@@ -67,7 +67,7 @@ class LatentLoader:
         window: int = 8,
         plain_share: float = 0.0,
         space: LatentSpace | None = None,
-        cache: ShardCache | None = None,
+        cache: Cache | None = None,
     ) -> None:
         assert batch_size % world_size == 0, "every rank takes the same part of a batch"
         self.dataset, self.cache = dataset, cache

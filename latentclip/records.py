@@ -31,6 +31,10 @@ class ShardCorrupt(UsageError):  # noqa: N818 - a state of a shard
     """A published file is not what was written; the message names it and what is wrong."""
 
 
+class ShardMissing(ShardCorrupt):
+    """A data file that its record names is not there."""
+
+
 class ConservationError(AssertionError):
     """Samples were lost or invented; the message holds the numbers."""
 

@@ -27,7 +27,8 @@ from latentclip.records import (
     keys_digest,
     record_name,
 )
-from latentclip.storage import Buffer, Folder, locate
+from latentclip.source import read_checked
+from latentclip.storage import Buffer, Folder
 from latentclip.versions import upgrade
 
 __all__ = [
@@ -150,15 +151,7 @@ def read_shard(
     Raises:
         ShardCorrupt: missing, changed, or not of this dataset; the message names the shard.
     """
-    folder, name = locate(url)
-    try:
-        data = folder.read(name)
-    except FileNotFoundError:
-        raise ShardCorrupt(f"{url} is missing; restore it, or encode its shard again") from None
-    if size is not None and len(data) != size:
-        raise ShardCorrupt(f"{url} holds {len(data)} bytes, its record says {size}; encode its shard again")
-    if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
-        raise ShardCorrupt(f"{url} was changed after it was written; restore it, or encode its shard again")
+    data = read_checked(str(url), checksum, size)
     return parse_shard(data, url, columns=columns, dataset=dataset)
 
 

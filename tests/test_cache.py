@@ -293,9 +293,9 @@ def test_without_a_limit_nothing_touches_the_disk(bucket: str, tmp_path: Path) -
 def test_shards_larger_than_the_limit_are_read_into_memory(bucket: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 0.5e-6)
     with pytest.warns(UserWarning, match=r"a shard of 1e-06 GB is larger than its 5e-07 GB") as told:
-        for info in put(bucket, 3):
-            assert cache.open(info) == Folder(bucket).read(info.name)
+        opened = [(info, cache.open(info)) for info in put(bucket, 3)]
     assert len(told) == 1
+    assert all(data == Folder(bucket).read(info.name) for info, data in opened)
 
 
 @pytest.fixture
@@ -315,8 +315,7 @@ def test_a_full_disk_is_told_once_and_costs_no_shard(server: str, bucket: str, s
     infos, cache = put(bucket, 5, size=3_000_000), ShardCache(small_disk, 1)
     with counted(server) as plan:
         with pytest.warns(UserWarning, match=r"cannot take a shard \(No space left on device\)") as told:
-            for info in infos * 2:
-                cache.open(info)
+            list(map(cache.open, infos * 2))
         assert len(told) == 1
         assert files(small_disk) == {info.sha256 for info in infos[:2]}
         assert list(plan.gets.values()) == [1, 1, 2, 2, 2], "those that fit are fetched once, the others each time"
@@ -337,8 +336,7 @@ def test_a_read_only_disk_serves_what_it_has(server: str, bucket: str, small_dis
             warnings.simplefilter("error")
             cache.open(infos[0])
         with pytest.warns(UserWarning, match=r"cannot take a shard \(Read-only file system\)") as told:
-            for info in infos:
-                cache.open(info)
+            list(map(cache.open, infos))
         assert len(told) == 1
         assert plan.gets == {info.name: 1 for info in infos[1:]}
 

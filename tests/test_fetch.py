@@ -16,8 +16,9 @@ from remote_shards import put
 from s3_servers import KEYS, s3_server
 
 from latentclip import fetch as module
-from latentclip.fetch import AT_ONCE, fetch, read_remote
-from latentclip.records import ShardCorrupt
+from latentclip.fetch import AT_ONCE, fetch
+from latentclip.records import ShardCorrupt, ShardMissing
+from latentclip.source import read_remote
 from latentclip.storage import Folder
 
 PART = 1000
@@ -123,7 +124,7 @@ def test_a_lasting_fault_names_the_object(
 
 def test_what_is_not_the_shard_is_named(bucket: str) -> None:
     [info] = put(bucket, size=2 * PART)
-    with pytest.raises(ShardCorrupt, match=f"{bucket}/absent is missing; restore it"):
+    with pytest.raises(ShardMissing, match=f"{bucket}/absent is missing; restore it"):
         read_remote(replace(info, url=f"{bucket}/absent"))
     for size in (2 * PART - 1, 2 * PART + 1):
         with pytest.raises(ShardCorrupt, match=f"{info.url} holds {2 * PART} bytes, its record says {size}"):
