@@ -18,6 +18,7 @@ import fcntl
 import mmap
 import os
 import re
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentclip.errors import UsageError
 from latentclip.fetch import fetch
 from latentclip.records import ShardCorrupt
 from latentclip.source import check, read_remote
@@ -123,7 +125,7 @@ class ShardCache:
         """
         part = _part(path)
         with _disk():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             with _disk():
@@ -159,7 +161,7 @@ class ShardCache:
     @contextmanager
     def _room(self) -> Iterator[None]:
         with _disk():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.folder / ROOM_LOCK).open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
@@ -197,6 +199,14 @@ def _disk() -> Iterator[None]:
         yield
     except OSError as error:
         raise _NoRoomError(error.strerror or str(error)) from error
+
+
+def default_folder() -> Path:
+    """A folder of this user's in the system's temporary folder (TMPDIR); raises UsageError if another user has it."""
+    folder = Path(tempfile.gettempdir(), f"latentclip-cache-{os.getuid()}")
+    if os.path.lexists(folder) and folder.lstat().st_uid != os.getuid():
+        raise UsageError(f"{folder} belongs to another user; give a --cache folder of your own")
+    return folder
 
 
 def _part(path: Path) -> Path:

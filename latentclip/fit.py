@@ -29,6 +29,7 @@ from latentclip.errors import UsageError, require_at_least
 from latentclip.loader import Batch, LatentLoader, keys_hash
 from latentclip.model import build_model, resolve_config
 from latentclip.order import mix
+from latentclip.source import Cache
 from latentclip.text import load_tokenizer
 from latentclip.training import (
     NotFiniteError,
@@ -108,7 +109,8 @@ class Fit:
     """One training run; `run` does it. Every rank makes its own, with the same dataset and settings.
 
     `stop` is asked on rank 0 after each step; once it is true, a checkpoint is written and `run` returns. `report`
-    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ...
+    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ... Remote shards come through
+    `cache`.
     """
 
     def __init__(
@@ -120,11 +122,12 @@ class Fit:
         *,
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, float]], None] = print,
+        cache: Cache | None = None,
     ) -> None:
         check_settings(dataset, settings, (place or Place()).world_size)
         self.dataset, self.run_folder, self.settings = dataset, run, settings
         self.place = place or Place()
-        self.stop, self.report = stop, report
+        self.stop, self.report, self.cache = stop, report, cache
         self.step, self.elapsed = 0, 0.0
         self.grid = dataset.dataset.grid
         self.pending: list[dict[str, Any]] = []
@@ -156,6 +159,7 @@ class Fit:
             rank=self.place.rank,
             world_size=self.place.world_size,
             plain_share=self.settings.plain_share,
+            cache=self.cache,
         )
 
     @property
