@@ -40,6 +40,7 @@ _PART = ".part"
 """Ending of what is being fetched."""
 ROOM_LOCK = "room.lock"
 """Held while room is made or a shard gets its name, so that what is counted meanwhile stays what it is."""
+_TELLING = threading.Lock()
 
 
 class _NoRoomError(Exception):
@@ -56,7 +57,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, gigabytes: float) -> None:
         self.folder, self.limit = folder, int(gigabytes * 1e9)
-        self._told = threading.Lock()
+        self._told = False
 
     def open(self, info: ShardInfo) -> memoryview:
         """The bytes of a shard, read-only, their SHA-256 checked. Waits where another process is fetching them.
@@ -184,7 +185,9 @@ class ShardCache:
         return shards, used
 
     def _warn(self, problem: _NoRoomError) -> None:
-        if self._told.acquire(blocking=False):
+        with _TELLING:
+            told, self._told = self._told, True
+        if not told:
             warnings.warn(
                 f"the cache {self.folder} cannot take a shard ({problem}); such shards are read into memory by every "
                 "process of its own; give it more room, or another folder",
