@@ -29,7 +29,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from throttle import Throttle  # beside this file
@@ -146,10 +145,10 @@ def measure(config: RemoteBenchmark, server: str, cache: Path) -> None:
             own = plain_download(link, [info.url for info in infos])
             seen = epoch(config, link, 1, cache)
             again = plain_download(link, [info.url for info in infos])
-        share = snapshot / seen.seconds / np.mean([own, again])
+        rate_seen = snapshot / seen.seconds
         print(
             f"link of {rate:g} MB/s: plain download {own / 1e6:.2f} MB/s before and {again / 1e6:.2f} after, "
-            f"loader {snapshot / seen.seconds / 1e6:.2f} MB/s = {share:.3f} of it"
+            f"loader {rate_seen / 1e6:.2f} MB/s = {rate_seen / max(own, again):.3f} of the better"
         )
     with Throttle(server, config.rates[-1]) as link:
         for ranks in config.ranks:
