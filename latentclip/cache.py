@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from latentclip.errors import UsageError
 from latentclip.fetch import fetch
 from latentclip.records import ShardCorrupt
-from latentclip.source import check, read_remote
+from latentclip.source import check, check_info, read_remote
 from latentclip.storage import Buffer
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class ShardCache:
                     os.utime(file.fileno())  # the last use; a file system may not note it by itself
                 data = _mapped(file.fileno())
         try:
-            check(info.url, data, info.sha256)
+            check_info(info, data)
         except ShardCorrupt:
             return None
         return data

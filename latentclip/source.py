@@ -46,8 +46,13 @@ def shard_bytes(info: ShardInfo, cache: Cache | None = None, verify: bool = True
     except ValueError:  # an empty file cannot be mapped
         data = memoryview(b"")
     if verify:
-        check(info.url, data, info.sha256, info.bytes)
+        check_info(info, data)
     return data
+
+
+def check_info(info: ShardInfo, data: Buffer) -> None:
+    """Raise ShardCorrupt unless these are the bytes that the shard's record names."""
+    check(info.url, data, info.sha256, info.bytes)
 
 
 def read_remote(info: ShardInfo) -> memoryview:
@@ -58,7 +63,7 @@ def read_remote(info: ShardInfo) -> memoryview:
         data[start : start + len(part)] = np.frombuffer(part, np.uint8)
 
     fetch(info.url, info.bytes, write)
-    check(info.url, data.data, info.sha256)
+    check_info(info, data.data)
     return data.data.toreadonly()
 
 
