@@ -3,125 +3,38 @@
 from __future__ import annotations
 
 import errno
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from latentclip._deadline import Result, deadline_seconds, persist, within
+from latentclip._local_store import Buffer, LocalStore
 from latentclip.errors import UsageError
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"}
-STAGED = ".staging-"
-"""What the names of files begin with that are being written, or were left by a killed writer."""
 _LISTING = 10
 """Deadlines that listing a folder may take: a request for each thousand names, every one with its own time limit."""
 
-Buffer = bytes | memoryview
-"""What is published: a shard may lie in a mapped file."""
-
 
 class Store(Protocol):
-    """What a place must do to hold shards. `write` returns False if the name was taken and `overwrite` is False."""
+    """What a place must do to hold shards. `write` returns False if the name was taken and `overwrite` is False.
+
+    `read_range` may be refused with UnsupportedOperation.
+    """
 
     def names(self) -> list[str]: ...
     def exists(self, name: str) -> bool: ...
     def modified(self) -> dict[str, float]: ...
     def read(self, name: str) -> bytes: ...
+    def size(self, name: str) -> int: ...
+    def read_range(self, name: str, start: int, stop: int) -> Buffer: ...
     def open(self, name: str) -> BinaryIO: ...
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool: ...
     def delete(self, name: str) -> None: ...
-
-
-class LocalStore:
-    """obstore's own local store neither syncs what it links nor accepts a folder that does not exist yet."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def names(self) -> list[str]:
-        try:
-            with os.scandir(self.path) as entries:
-                return [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(STAGED)]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def exists(self, name: str) -> bool:
-        return (self.path / name).is_file()
-
-    def modified(self) -> dict[str, float]:
-        found = {}
-        try:
-            with os.scandir(self.path) as entries:
-                for entry in entries:
-                    with suppress(FileNotFoundError):  # its writer published it under its name meanwhile
-                        if entry.is_file():
-                            found[entry.name] = entry.stat().st_mtime
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        return found
-
-    def read(self, name: str) -> bytes:
-        with self._named(name):
-            return (self.path / name).read_bytes()
-
-    def open(self, name: str) -> BinaryIO:
-        return (self.path / name).open("rb")
-
-    def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
-        with self._named(name):
-            self.path.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.path, os.O_RDONLY)
-            try:
-                with self._staged(data) as staged:
-                    self._publish(staged, name, folder, overwrite)
-                os.fsync(folder)
-            except FileExistsError:
-                return False
-            finally:
-                os.close(folder)
-            return True
-
-    @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # a failing read or write names no file, and a link names the staged one
-            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
-
-    def _publish(self, staged: str, name: str, folder: int, overwrite: bool) -> None:
-        if not overwrite:
-            os.link(staged, name, dst_dir_fd=folder)  # follows the link in /proc, since a folder is given
-            return
-        free = f"{STAGED}{uuid.uuid4().hex}"
-        os.link(staged, free, dst_dir_fd=folder)
-        os.replace(free, name, src_dir_fd=folder, dst_dir_fd=folder)
-
-    @contextmanager
-    def _staged(self, data: Buffer) -> Iterator[str]:
-        """The path of a synced file, one without a name wherever possible: a killed writer leaves nothing behind."""
-        try:
-            descriptor = os.open(self.path, os.O_TMPFILE | os.O_WRONLY, 0o666)
-            staged = f"/proc/self/fd/{descriptor}"
-        except OSError:  # NFS, for one, has only files with names
-            staged = str(self.path / f"{STAGED}{uuid.uuid4().hex}")
-            descriptor = os.open(staged, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                yield staged
-        finally:
-            if not staged.startswith("/proc/"):
-                Path(staged).unlink(missing_ok=True)
-
-    def delete(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
 
 
 class ObjectStore:
@@ -141,7 +54,11 @@ class ObjectStore:
         self.seconds = deadline_seconds()
         try:
             # The request's timeout cannot be set here: client options replace those of the environment.
-            self.store = from_url(url, retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=25)})
+            self.store = from_url(
+                url,
+                retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=25)},
+                client_options={"allow_http": True} if url.startswith("http:") else None,
+            )
         except BaseError as error:
             raise UsageError(f"{url} cannot be opened ({_first_line(error)}); check the URL") from None
 
@@ -150,7 +67,7 @@ class ObjectStore:
 
     def exists(self, name: str) -> bool:
         try:
-            self._operate(name, lambda: self.store.head(name))
+            self.size(name)
         except FileNotFoundError:
             return False
         return True
@@ -168,6 +85,12 @@ class ObjectStore:
 
     def read(self, name: str) -> bytes:
         return self._operate(name, lambda: bytes(self.store.get(name).bytes()))
+
+    def size(self, name: str) -> int:
+        return self._operate(name, lambda: self.store.head(name)["size"])
+
+    def read_range(self, name: str, start: int, stop: int) -> Buffer:
+        return self._operate(name, lambda: memoryview(self.store.get_range(name, start=start, end=stop)))
 
     def open(self, name: str) -> BinaryIO:
         from obstore import open_reader
@@ -202,12 +125,14 @@ class ObjectStore:
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, NotSupportedError
 
         try:
             yield
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such object, or no such bucket", f"{self.url}/{name}") from None
+        except NotSupportedError as error:
+            raise UnsupportedOperation(f"{self.url}/{name}: {_first_line(error)}") from error
         except BaseError as error:
             raise OSError(f"{self.url}/{name}: {_first_line(error)}") from error
 
@@ -244,6 +169,12 @@ class OtherStore:
 
     def read(self, name: str) -> bytes:
         return self._operate(name, lambda path: bytes(self.fs.cat_file(path)))
+
+    def size(self, name: str) -> int:
+        return self._operate(name, lambda path: int(self.fs.size(path)))
+
+    def read_range(self, name: str, start: int, stop: int) -> Buffer:
+        return self._operate(name, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
 
     def open(self, name: str) -> BinaryIO:
         return cast(BinaryIO, self._operate(name, lambda path: self.fs.open(path, "rb")))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from latentclip._stores import STAGED
+from latentclip._local_store import STAGED
 from latentclip.errors import UsageError
 from latentclip.generations import is_ours, leftovers
 from latentclip.records import RECORD_SUFFIX, SUFFIXES, DatasetFile, finished, split_generation

@@ -16,8 +16,9 @@ from latentclip.pinning import require_same, whereabouts
 from latentclip.quarantine import quarantined
 from latentclip.records import DATASET_FILE, SUFFIXES, DatasetFile, Record, ShardCorrupt, finished, split_generation
 from latentclip.resolver import Resolver
-from latentclip.shards import LatentRows, find_record, read_shard
+from latentclip.shards import LatentRows, find_record, parse_shard
 from latentclip.snapshot import PinnedShard, Snapshot
+from latentclip.source import shard_bytes
 from latentclip.storage import Folder, list_shards, locate, shard_stem
 
 
@@ -101,7 +102,7 @@ class LatentDataset:
     def read(self, index: int, columns: Sequence[str] | None = None) -> LatentRows:
         """The rows of one shard, checked against its record; raises ShardCorrupt. For `columns` see `read_shard`."""
         info = self.shards[index]
-        return read_shard(info.url, columns=columns, checksum=info.sha256, dataset=self.dataset)
+        return parse_shard(shard_bytes(info), info.url, columns=columns, dataset=self.dataset)
 
     def __iter__(self) -> Iterator[LatentRows]:
         return (self.read(index) for index in range(len(self)))

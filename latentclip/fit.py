@@ -31,6 +31,7 @@ from latentclip.model import build_model, resolve_config
 from latentclip.order import mix
 from latentclip.snapshot import FILE as SNAPSHOT
 from latentclip.snapshot import Snapshot, read_snapshot
+from latentclip.source import Cache
 from latentclip.text import load_tokenizer
 from latentclip.training import (
     NotFiniteError,
@@ -110,7 +111,8 @@ class Fit:
     """One training run; `run` does it. Every rank makes its own, with the same dataset and settings.
 
     `stop` is asked on rank 0 after each step; once it is true, a checkpoint is written and `run` returns. `report`
-    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ...
+    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ... Remote shards come through
+    `cache`.
     """
 
     def __init__(
@@ -122,11 +124,12 @@ class Fit:
         *,
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, float]], None] = print,
+        cache: Cache | None = None,
     ) -> None:
         check_settings(dataset, settings, (place or Place()).world_size)
         self.dataset, self.run_folder, self.settings = dataset, run, settings
         self.place = place or Place()
-        self.stop, self.report = stop, report
+        self.stop, self.report, self.cache = stop, report, cache
         self.step, self.elapsed = 0, 0.0
         self.grid = dataset.dataset.grid
         self.pending: list[dict[str, Any]] = []
@@ -159,6 +162,7 @@ class Fit:
             rank=self.place.rank,
             world_size=self.place.world_size,
             plain_share=self.settings.plain_share,
+            cache=self.cache,
         )
 
     def _snapshot(self, checkpoint: Path | None) -> Snapshot:

@@ -42,6 +42,7 @@ __all__ = [
     "channel_statistics",
     "find_record",
     "finished",
+    "parse_shard",
     "read_shard",
     "serialise",
     "shapes_of",
@@ -179,8 +180,15 @@ def read_shard(
     Raises:
         ShardCorrupt: missing, changed, or not of this dataset; the message names the shard.
     """
-    container = next((container for container, suffix in SUFFIXES.items() if str(url).endswith(suffix)), "parquet")
     data = read_checked(str(url), checksum, size)
+    return parse_shard(data, url, columns=columns, dataset=dataset)
+
+
+def parse_shard(
+    data: Buffer, url: str | Path, *, columns: Sequence[str] | None = None, dataset: DatasetFile | None = None
+) -> LatentRows:
+    """The rows in the bytes of the data file `url`; arguments and errors are those of `read_shard`."""
+    container = next((container for container, suffix in SUFFIXES.items() if str(url).endswith(suffix)), "parquet")
     try:
         rows, header = parse(data, container, columns)
         header = upgrade(header)

@@ -7,10 +7,12 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import xxhash
 
+from latentclip.fetch import fetch
 from latentclip.records import ShardCorrupt, ShardMissing
-from latentclip.storage import Buffer, locate
+from latentclip.storage import Buffer, is_remote, locate
 
 if TYPE_CHECKING:
     from latentclip.dataset import ShardInfo
@@ -32,14 +34,11 @@ def shard_bytes(info: ShardInfo, cache: Cache | None = None, verify: bool = True
     Raises:
         ShardMissing: there is no such file.
         ShardCorrupt: its bytes are not those that its record names.
+        OSError: its store failed for longer than the deadline; the message names it.
     """
+    if is_remote(info.url):
+        return cache.open(info) if cache else read_remote(info)
     folder, name = locate(info.url)
-    if not folder.is_local:
-        if cache:
-            return cache.open(info)
-        data = read_checked(info.url, None)
-        check_info(info, data)
-        return data
     try:
         with Path(folder.url, name).open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -54,10 +53,21 @@ def shard_bytes(info: ShardInfo, cache: Cache | None = None, verify: bool = True
 
 def check_info(info: ShardInfo, data: Buffer) -> None:
     """Raise ShardCorrupt unless these are the bytes that the shard's record names."""
-    if not info.xxh3:
-        check(info.url, data, info.sha256)
-    elif xxhash.xxh3_128(data).hexdigest() != info.xxh3:
+    check(info.url, data, None if info.xxh3 else info.sha256, info.bytes)
+    if info.xxh3 and xxhash.xxh3_128(data).hexdigest() != info.xxh3:
         raise _changed(info.url)
+
+
+def read_remote(info: ShardInfo) -> memoryview:
+    """The whole data file of a remote shard, in memory, read in parts and checked; raises as `shard_bytes`."""
+    data = np.empty(info.bytes, np.uint8)
+
+    def write(start: int, part: Buffer) -> None:
+        data[start : start + len(part)] = np.frombuffer(part, np.uint8)
+
+    fetch(info.url, info.bytes, write)
+    check_info(info, data.data)
+    return data.data.toreadonly()
 
 
 def read_checked(url: str, sha256: str | None, size: int | None = None) -> memoryview:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from latentclip._stores import Buffer, LocalStore, open_store
+from latentclip._local_store import Buffer, LocalStore
+from latentclip._stores import open_store
 from latentclip.errors import UsageError
 
 LIST_PAGE = 1_000
@@ -50,6 +51,14 @@ class Folder:
         """The whole file; raises FileNotFoundError if it is absent."""
         return self._store.read(name)
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError if it is absent."""
+        return self._store.size(name)
+
+    def read_range(self, name: str, start: int, stop: int) -> Buffer:
+        """The bytes from `start` to before `stop`; raises UnsupportedOperation where a server has no ranges."""
+        return self._store.read_range(name, start, stop)
+
     def open(self, name: str) -> BinaryIO:
         """The file, to read parts of it; raises FileNotFoundError if it is absent."""
         return self._store.open(name)
@@ -79,6 +88,11 @@ def locate(url: str | Path) -> tuple[Folder, str]:
     """Split the path or URL of a file into its folder and its name."""
     parent, slash, name = str(url).rpartition("/")
     return Folder((parent or "/") if slash else "."), unquote(name) if str(url).startswith("file://") else name
+
+
+def is_remote(url: str) -> bool:
+    """Whether a URL is of an object store or another file system, and not of a local disk."""
+    return "://" in url and not url.startswith("file://")
 
 
 def read_bytes(url: str | Path) -> bytes:

@@ -13,7 +13,7 @@ from latentclip.codec import Precision
 from latentclip.encode import EncodeSettings
 from latentclip.errors import UsageError, require_at_least
 from latentclip.fit import FitSettings, Flat
-from latentclip.storage import Folder
+from latentclip.storage import Folder, is_remote
 from latentclip.verify import Depth
 
 
@@ -74,6 +74,10 @@ class TrainConfig:
     """Training workers, each with a GPU if the cluster has GPUs."""
     threads: int | None = None
     """CPU threads of one worker; default: its share of the machine's cores."""
+    cache: str | None = None
+    """Folder on each node's own disk for remote shards; default: latentclip-cache-UID in the temporary folder."""
+    cache_gb: float = 20.0
+    """GB (10⁹ bytes) of that disk that may be used; 0 reads remote shards into each worker's memory instead."""
     retries: int = 3
     """Times that lost workers are replaced before the job fails."""
     ray_address: str | None = None
@@ -83,7 +87,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, workers=self.workers, threads=self.threads)
-        require_at_least(0, retries=self.retries)
+        require_at_least(0, retries=self.retries, cache_gb=self.cache_gb)
+        if self.cache and is_remote(self.cache):
+            raise UsageError(f"--cache is {self.cache!r}; give a folder on the nodes' own disks")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from latentclip.loaded import load
 from latentclip.quantise import to_float
 from latentclip.shards import ShardCorrupt, read_shard
 from pipelines.configs import EvaluateConfig
+from pipelines.credentials import Sealed
 
 _TASK = ("set", "shard", "url", "sha256")
 """Columns of what an actor is given: which set, which of its shards, and where that is."""
@@ -43,7 +44,8 @@ _ANSWER = pa.schema(
 class Embedder:
     """The actor: the model on one device, shard after shard."""
 
-    def __init__(self, config: EvaluateConfig, spaces: Mapping[str, LatentSpace]) -> None:
+    def __init__(self, config: EvaluateConfig, spaces: Mapping[str, LatentSpace], credentials: Sealed) -> None:
+        credentials.open()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(os.cpu_count() or 1)
         self.config = config
@@ -121,7 +123,7 @@ def _answers(config: EvaluateConfig, sets: Mapping[str, LatentDataset]) -> Itera
     resources: dict[str, Any] = {"num_gpus": 1.0} if gpus else {"num_cpus": 1.0}
     answers = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         Embedder,
-        fn_constructor_args=(config, {name: dataset.space for name, dataset in sets.items()}),
+        fn_constructor_args=(config, {name: dataset.space for name, dataset in sets.items()}, Sealed(os.environ)),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(max(1, gpus), len(tasks))),
         **resources,

@@ -28,6 +28,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
+from latentclip.cache import ShardCache, default_folder
 from latentclip.checkpoint import newest_good, read_json, read_space
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
@@ -39,6 +40,7 @@ from latentclip.snapshot import read_snapshot
 from latentclip.storage import Folder
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
 from pipelines.configs import TrainConfig, parse, write_config
+from pipelines.credentials import Sealed
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
 
@@ -100,6 +102,7 @@ class StopWatch:
 def worker(arguments: dict[str, Any]) -> None:
     """One rank of the training, in a process of its own."""
     arguments["desk"].begin.remote()
+    arguments["credentials"].open()
     config: TrainConfig = arguments["config"]
     context = ray.train.get_context()
     torch.set_num_threads(arguments["threads"])
@@ -112,6 +115,7 @@ def worker(arguments: dict[str, Any]) -> None:
         place,
         stop=StopWatch(arguments["desk"]),
         report=arguments["desk"].report.remote,
+        cache=ShardCache(Path(config.cache) if config.cache else default_folder(), config.cache_gb),
     )
     fit.run()
 
@@ -152,7 +156,12 @@ def fit_on_ray(config: TrainConfig) -> bool:
     with tempfile.TemporaryDirectory(prefix="latentclip-train-") as scratch, stop_on_signal() as asked:
         trainer = TorchTrainer(
             worker,
-            train_loop_config={"config": config, "threads": threads, "desk": desk},
+            train_loop_config={
+                "config": config,
+                "threads": threads,
+                "desk": desk,
+                "credentials": Sealed(os.environ),
+            },
             scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=gpus > 0),
             # Ray keeps nothing of ours: checkpoints are the run's own, so its storage may vanish with the job.
             run_config=ray.train.RunConfig(
@@ -225,7 +234,9 @@ def run(config: TrainConfig) -> bool:
     settings = config.settings
     if Path(settings.model).is_file():
         settings = replace(settings, model=absolute(settings.model))
-    config = replace(config, run=absolute(config.run), latents=absolute_source(config.latents), settings=settings)
+    cache = absolute(config.cache) if config.cache else None
+    latents = absolute_source(config.latents)
+    config = replace(config, run=absolute(config.run), latents=latents, cache=cache, settings=settings)
     check_run(config)
     print(f"train: {describe(config)}", flush=True)
     if config.dry_run or is_finished(config):

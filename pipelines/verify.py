@@ -12,6 +12,7 @@ bytes for each stored key (33 GB for 2.7 billion).
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,11 +27,13 @@ from latentclip.errors import UsageError
 from latentclip.verify import Checked, Checks, Plan, Report, ShardNames, check_shard, collect, make_plan
 from pipelines.cluster import absolute, absolute_source, cluster, run_program
 from pipelines.configs import VerifyConfig
+from pipelines.credentials import Sealed
 
 
 @ray.remote(max_retries=3)
-def check(checks: Checks, shard: ShardNames) -> Checked:
+def check(checks: Checks, shard: ShardNames, credentials: Sealed) -> Checked:
     """Check one shard, on whatever machine has a CPU free; a lost machine's shards are checked again."""
+    credentials.open()
     return check_shard(checks, shard)
 
 
@@ -38,14 +41,14 @@ def check_shards(plan: Plan, workers: int | None) -> Iterator[Checked]:
     """What each shard comes to, in the order in which the checks end."""
     resources = ray.cluster_resources()
     options: dict[str, Any] = {"num_gpus": 0.25} if plan.checks.codec and resources.get("GPU") else {}
-    checks, task = ray.put(plan.checks), check.options(**options)
+    checks, task, credentials = ray.put(plan.checks), check.options(**options), Sealed(os.environ)
     shards = iter(plan.shards)
     # One more than there are CPUs waits for each to be free, while its predecessor's answer travels.
     most = workers or 2 * int(resources.get("CPU", 1))
-    running = [task.remote(checks, shard) for shard in islice(shards, most)]
+    running = [task.remote(checks, shard, credentials) for shard in islice(shards, most)]
     while running:
         done, running = ray.wait(running)
-        running += [task.remote(checks, shard) for shard in islice(shards, len(done))]
+        running += [task.remote(checks, shard, credentials) for shard in islice(shards, len(done))]
         yield from ray.get(done)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from demo_pairs import emoji_shards
+from s3_servers import s3_server
 
 from latentclip.decoders import DecoderPool, Preparation
 from pipelines.credentials import Credentials
@@ -36,8 +37,10 @@ def test_decoders_of_hostile_images_get_none(monkeypatch: pytest.MonkeyPatch) ->
 PROGRAM = """
 import os, sys, ray
 from dataclasses import replace
-from pipelines import encode
+from latentclip.fit import FitSettings
+from pipelines import encode, evaluate, train, verify
 from pipelines.cluster import cluster
+from pipelines.configs import EvaluateConfig, TrainConfig, VerifyConfig
 from pipelines.credentials import Sealed
 from pipelines.experiments import DEMO
 
@@ -48,25 +51,37 @@ def seen(sealed):
     print("a worker prints", sealed)
     return before, os.environ["AWS_SECRET_ACCESS_KEY"]
 
-pairs, latents = sys.argv[1:]
+pairs, latents, run, cache, endpoint = sys.argv[1:]
 secret = sys.stdin.read()
 with cluster():
     session = ray._private.worker._global_node.get_session_dir_path()
-    os.environ["AWS_SECRET_ACCESS_KEY"] = secret  # after the cluster has started, as on a cluster of others
+    # After the cluster has started, as on a cluster of others.
+    os.environ |= {"AWS_SECRET_ACCESS_KEY": secret, "AWS_ACCESS_KEY_ID": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ENDPOINT": endpoint, "AWS_ALLOW_HTTP": "true"}
     before, after = ray.get(seen.remote(Sealed(os.environ)))
     settings = replace(DEMO.encode.settings, views=1, batch_size=4)
     config = replace(DEMO.encode, pairs=pairs, latents=latents, settings=settings)
     assert encode.run(config)["stored"] == 8
+    assert verify.run(VerifyConfig(latents=latents)).state == "complete"
+    settings = FitSettings(model="Latent-ViT-tiny", steps=2, batch_size=4)
+    assert train.run(TrainConfig(latents=latents, run=run, settings=settings, cache=cache, cache_gb=0.1))
+    evaluate.run(EvaluateConfig(checkpoint=run, latents=(latents,), out=run))
 print("RESULT", session, before, after == secret)
 """
 
 
-def test_a_secret_reaches_workers_and_no_file_of_ray(tmp_path: Path) -> None:
+def test_a_secret_reaches_the_workers_of_all_stages_and_no_file_of_ray(tmp_path: Path) -> None:
+    with s3_server("moto", tmp_path) as endpoint:
+        _check_secret(tmp_path, endpoint)
+
+
+def _check_secret(tmp_path: Path, endpoint: str) -> None:
     pairs = emoji_shards(tmp_path / "pairs", shards=2, rows=4)
     environment = {**os.environ, "RAY_BACKEND_LOG_LEVEL": "debug", "RAY_enable_export_api_write": "1"}
     environment.pop("AWS_SECRET_ACCESS_KEY", None)
+    run, cache = tmp_path / "run", tmp_path / "cache"
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(pairs), str(tmp_path / "latents")],
+        [sys.executable, "-c", PROGRAM, str(pairs), "s3://latents/secret", str(run), str(cache), endpoint],
         input=SECRET,  # a command line stands in Ray's records
         env=environment,
         stdout=subprocess.PIPE,
@@ -77,8 +92,9 @@ def test_a_secret_reaches_workers_and_no_file_of_ray(tmp_path: Path) -> None:
     *_, session, before, after = ran.stdout.strip().splitlines()[-1].split()
     assert (before, after) == ("None", "True")
     assert SECRET not in ran.stdout
+    assert len(list(cache.glob("?" * 64))) == 2, "training read its shards through the cache"
     searched = 0
-    for folder in (Path(session), tmp_path / "latents"):
+    for folder in (Path(session), run, cache):
         for path in folder.rglob("*"):
             if path.is_file():
                 searched += 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from latentclip._stores import LocalStore
+from latentclip._local_store import LocalStore
 from latentclip.errors import UsageError
 from latentclip.storage import LIST_PAGE, Folder, list_shards
 from latentclip.worklist import remaining_shards
