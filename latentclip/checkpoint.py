@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from latentclip.claim import require
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.model import Config, build_model
@@ -50,21 +51,24 @@ def save_checkpoint(
     resize_mode: Literal["crop", "pad"] = "crop",
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: dict[str, Any] | None = None,
+    stage: Path | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, replacing one that is there.
 
     `config` is what `resolve_config` returned, `grid` the latent cells along a side; each entry of `tensors` becomes
-    `<name>.safetensors`, and `state` (JSON values) `state.json`. Raises UsageError for weights that are not finite, and
-    if the disk is full; nothing is then left under the final name.
+    `<name>.safetensors`, and `state` (JSON values) `state.json`. It is prepared in `stage`, a claim of the run's folder
+    (`latentclip.claim`), by default beside its final place. Raises UsageError for weights that are not finite, if the
+    disk is full, and if the claim was lost; nothing is then left under the final name.
     """
     folder = Path(folder)
     _require_finite(model.state_dict(), "the model")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(".*.partial"):  # of a writer that was killed; a run has one writer
         shutil.rmtree(leftover, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = (stage or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        (partial / "tokenizer").mkdir(parents=True)
+        partial.mkdir()  # never with its parents: a lost claim must stay lost
+        (partial / "tokenizer").mkdir()
         tokenizer.save(partial / "tokenizer")
         save_model(model, str(partial / "model.safetensors"))
         for name, values in (tensors or {}).items():
@@ -77,6 +81,7 @@ def save_checkpoint(
         _commit(partial)
         _put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
+        require(partial.parent)
         raise UsageError(
             f"the checkpoint {folder} cannot be written ({error}); free space or choose another disk"
         ) from error
@@ -240,7 +245,7 @@ def _put_in_place(partial: Path, folder: Path) -> None:
         folder.rename(partial.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"))
     partial.rename(folder)
     _sync(folder.parent)
-    for old in folder.parent.glob(f".{folder.name}.*.partial"):
+    for old in partial.parent.glob(f".{folder.name}.*.partial"):
         shutil.rmtree(old)
 
 

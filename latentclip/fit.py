@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from latentclip.augment import LatentAugmentation, augment_latents
 from latentclip.checkpoint import newest_good, read_json, read_model, read_space, read_tensors, save_checkpoint
+from latentclip.claim import claim, publish, require
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError, require_at_least
 from latentclip.loader import Batch, LatentLoader, keys_hash
@@ -108,7 +109,8 @@ class Fit:
     """One training run; `run` does it. Every rank makes its own, with the same dataset and settings.
 
     `stop` is asked on rank 0 after each step; once it is true, a checkpoint is written and `run` returns. `report`
-    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ...
+    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ... All that rank 0 writes
+    comes out of `stage`, a claim of the run's folder (default: one made now, which ends every earlier writer).
     """
 
     def __init__(
@@ -120,11 +122,13 @@ class Fit:
         *,
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, float]], None] = print,
+        stage: Path | None = None,
     ) -> None:
         check_settings(dataset, settings, (place or Place()).world_size)
         self.dataset, self.run_folder, self.settings = dataset, run, settings
         self.place = place or Place()
         self.stop, self.report = stop, report
+        self.stage = stage or (claim(run) if self.place.rank == 0 else run)
         self.step, self.elapsed = 0, 0.0
         self.grid = dataset.dataset.grid
         self.pending: list[dict[str, Any]] = []
@@ -186,9 +190,12 @@ class Fit:
                 if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes:
                     self.save()
                     saved = time.monotonic()
+            self.save()
         finally:
             batches.close()
-        self.save()
+            if self.place.rank == 0:
+                self.samples.close()
+                self.board.close()
         return metrics
 
     def _step(self, trained: torch.nn.Module, batch: Batch) -> dict[str, Any]:
@@ -232,8 +239,9 @@ class Fit:
         self.run_folder.mkdir(parents=True, exist_ok=True)
         path = self.run_folder / "samples.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
-        path.write_text("".join(f"{line}\n" for line in lines[: self.step]))
-        self.samples = path
+        self.samples = (self.stage / path.name).open("a")  # a new file, so that an earlier writer's goes on in the old
+        self.samples.writelines(f"{line}\n" for line in lines[: self.step])
+        publish(self.stage / path.name, path)
         self.board = SummaryWriter(str(self.run_folder / "tensorboard"), purge_step=self.step)
 
     def _log(self) -> None:
@@ -242,8 +250,9 @@ class Fit:
             return
         lines = [{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in line.items()} for line in self.pending]
         self.pending = []
-        with self.samples.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        require(self.stage)
+        self.samples.writelines(json.dumps(line) + "\n" for line in lines)
+        self.samples.flush()
         last = lines[-1]
         rate = self.step * self.settings.batch_size / max(self.elapsed, 1e-9)
         scalars = {name: last[name] for name in ("loss", "learning_rate", "logit_scale", "gradient_norm")}
@@ -266,6 +275,7 @@ class Fit:
                 resize_mode=self.dataset.dataset.preprocessing.get("resize", "crop"),
                 tensors={"optimiser": optimiser_tensors(self.optimiser)},
                 state={"step": self.step, "elapsed": self.elapsed, "snapshot": self._snapshot()},
+                stage=self.stage,
             )
             for old in sorted(checkpoints.glob("step_*"))[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)
