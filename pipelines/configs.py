@@ -72,17 +72,20 @@ class TrainConfig:
     settings: Annotated[FitSettings, Flat] = field(default_factory=FitSettings)
     workers: int = 1
     """Training workers, each with a GPU if the cluster has GPUs."""
+    min_workers: int | None = None
+    """Go on with as few workers as this while nodes are missing, and with more once they are back; default: all."""
     threads: int | None = None
     """CPU threads of one worker; default: its share of the machine's cores."""
     retries: int = 3
-    """Times that lost workers are replaced before the job fails."""
+    """Times that lost workers are replaced before the job fails. A node that was taken away with notice is not counted."""
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, workers=self.workers, threads=self.threads)
+        require_at_least(1, min_workers=self.min_workers, threads=self.threads)
+        require_at_least(self.min_workers or 1, workers=self.workers)
         require_at_least(0, retries=self.retries)
 
 
