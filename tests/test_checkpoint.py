@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentclip import checkpoint
+from latentclip import _commit, checkpoint
 from latentclip.checkpoint import COMMIT, find_checkpoint, load_weights, newest_good, read_model, save_checkpoint
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
@@ -127,10 +127,10 @@ def test_every_flipped_bit_is_noticed(saved: Path, tmp_path: Path) -> None:
             flip(saved / name, rng)
             try:
                 with pytest.raises(UsageError):
-                    checkpoint.verify_checkpoint(saved)
+                    _commit.verify_checkpoint(saved)
             finally:
                 (saved / name).write_bytes(original)
-    checkpoint.verify_checkpoint(saved)
+    _commit.verify_checkpoint(saved)
 
 
 def damages(file: Path) -> list[Any]:
@@ -162,9 +162,9 @@ def test_newest_good_is_found_whatever_happens_to_newer_ones(saved: Path, tmp_pa
 
 def test_commit_may_not_point_outside(copy: Path, tmp_path: Path) -> None:
     for name in ("../../outside", str(tmp_path / "outside")):
-        (copy / COMMIT).write_text(checkpoint._commit_text({name: {"bytes": 0, "sha256": ""}}))
+        (copy / COMMIT).write_text(_commit.commit_text({name: {"bytes": 0, "sha256": ""}}))
         with pytest.raises(UsageError, match="damaged"):
-            checkpoint.verify_checkpoint(copy)
+            _commit.verify_checkpoint(copy)
 
 
 def test_missing_checkpoints(tmp_path: Path) -> None:
@@ -215,6 +215,6 @@ def test_hostile_safetensors(small: dict[str, Any], tmp_path: Path) -> None:
 def test_hostile_but_committed_files(copy: Path, file: str, content: str) -> None:
     (copy / file).write_text(content)
     (copy / COMMIT).unlink()
-    checkpoint._commit(copy)
+    _commit.commit(copy)
     with pytest.raises(UsageError):
         read_model(find_checkpoint(copy))

@@ -128,7 +128,7 @@ def test_latents_without_a_row_are_a_sentence(tmp_path: Path) -> None:
 def test_a_diverging_loss_saves_nothing(latents: LatentDataset, tmp_path: Path) -> None:
     run = fit(latents, tmp_path)
     with torch.no_grad():
-        run.model.logit_scale.fill_(float("nan"))
+        run.training.model.logit_scale.fill_(float("nan"))
     with pytest.raises(UsageError, match="the loss is nan; nothing of it was saved"):
         run.run()
     assert newest_good(tmp_path) is None
