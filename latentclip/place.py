@@ -19,6 +19,11 @@ class Place:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+def team_size(batch_size: int, workers: int) -> int:
+    """The largest number of `workers` or fewer that divides a batch."""
+    return max(number for number in range(1, workers + 1) if batch_size % number == 0)
+
+
 class Team:
     """The workers that share each batch: the first `size` of all, the most that divide it. Rank 0 always `leads`.
 
@@ -29,7 +34,7 @@ class Team:
     def __init__(self, place: Place, batch_size: int) -> None:
         workers = place.world_size
         self.rank, self.device = place.rank, place.device
-        self.size = max(number for number in range(1, workers + 1) if batch_size % number == 0)
+        self.size = team_size(batch_size, workers)
         self.leads, self.computes = self.rank == 0, self.rank < self.size
         self.group: torch.distributed.ProcessGroup | None = None
         if 1 < self.size < workers:
