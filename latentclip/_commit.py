@@ -66,7 +66,7 @@ def _read_commit(folder: Path) -> dict[str, Any]:
         text = file.read_text() if file.is_file() and file.stat().st_size <= LARGEST_COMMIT else ""
         commit = json.loads(text)["commit"]
         entries = commit["files"].items()
-        sound = commit_text(commit["files"]) == text and all(_is_inside(name) for name, _ in entries)
+        sound = bool(entries) and commit_text(commit["files"]) == text and all(_is_inside(name) for name, _ in entries)
         sound = sound and all(set(value) == {"bytes", "sha256"} for _, value in entries)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False

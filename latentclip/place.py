@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +45,12 @@ class Team:
 
     def share(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: its gradients are the mean over the workers."""
-        return DistributedDataParallel(model, process_group=self.group) if self.size > 1 else model
+        if self.size == 1:
+            return model
+        # Else the gradients are grouped anew after the first step, in which they arrive; the sums of three workers and
+        # more then come out in another order after each resume. The price is a walk over the graph in each step.
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+        return DistributedDataParallel(model, process_group=self.group, find_unused_parameters=True)
 
     def broadcast(self, *values: float) -> list[float]:
         """The values of rank 0, exact up to 2^53."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from latent_samples import fill
 
 from latentclip.dataset import LatentDataset
@@ -15,6 +14,8 @@ from latentclip.fit import Fit, FitSettings, Place
 from latentclip.loader import Batch
 
 STEPS, BATCH = 8, 12
+MODEL = Path(__file__).with_name("smallest.json")
+"""A model whose checkpoint has 4 MB, most of it the vocabulary."""
 
 
 def small_latents(folder: Path) -> LatentDataset:
@@ -23,13 +24,8 @@ def small_latents(folder: Path) -> LatentDataset:
     return LatentDataset(folder)
 
 
-@pytest.fixture(scope="session")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
-    return small_latents(tmp_path_factory.mktemp("latents"))
-
-
 def settings(**changes: Any) -> FitSettings:
-    return FitSettings(**{"model": "Latent-ViT-tiny", "steps": STEPS, "batch_size": BATCH, "log_steps": 1, **changes})
+    return FitSettings(**{"model": str(MODEL), "steps": STEPS, "batch_size": BATCH, "log_steps": 1, **changes})
 
 
 def fit(latents: LatentDataset, run: Path, *, until: int = STEPS, place: Place | None = None, **changes: Any) -> Fit:

@@ -10,7 +10,6 @@ import pytest
 from fits import fit, lines, small_latents
 from spoiled import HARMLESS, PASSED_OVER
 
-from latentclip.checkpoint import newest_good
 from latentclip.dataset import LatentDataset
 
 STEPS = 7
@@ -54,6 +53,5 @@ def test_training_goes_on_from_the_newest_good_one(
     assert made.step == (6 if way in HARMLESS else 4)
     made.run()
     assert lines(run) == undisturbed
-    newest = newest_good(run)
-    assert newest is not None
     assert fit(latents, run, steps=STEPS).step == STEPS
+    shutil.rmtree(run)  # pytest would keep it

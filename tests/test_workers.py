@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from fits import BATCH, STEPS, fit, lines, small_latents, spoil_latents
+from fits import BATCH, MODEL, STEPS, fit, lines, small_latents, spoil_latents
 
 from latentclip.dataset import LatentDataset
 from latentclip.model import read_config
@@ -23,7 +23,9 @@ TOLERANCE = 1e-5
 """Of a loss of about 2.5, between different numbers of workers: sums are taken in another order."""
 
 
-def train(root: Path, rank: int, workers: int, run: str, until: int = STEPS, spoiled_at: int = -1, **changes: Any) -> None:
+def train(
+    root: Path, rank: int, workers: int, run: str, until: int = STEPS, spoiled_at: int = -1, **changes: Any
+) -> None:
     """One rank's part of a training with so many workers, in a process group of its own."""
     if rank >= workers:
         return
@@ -59,7 +61,7 @@ def work(rank: int, root: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("workers")
     latents = small_latents(root / "latents")
-    with_bias = read_config("Latent-ViT-tiny") | {"init_logit_bias": -10.0}
+    with_bias = read_config(MODEL) | {"init_logit_bias": -10.0}
     (root / "siglip.json").write_text(json.dumps(with_bias))
     fit(latents, root / "changing", until=2).run()
     torch.multiprocessing.spawn(work, (root,), nprocs=4)
