@@ -34,7 +34,7 @@ from pipelines.runlog import StageLog
 from pipelines.train_group import Group
 
 CONFIG = "train.config.json"
-FREE_TO_CHANGE = ("log_steps", "checkpoint_minutes", "keep_checkpoints")
+FREE_TO_CHANGE = ("log_steps", "checkpoint_minutes", "keep_checkpoints", "max_skips")
 """Settings that may differ when a run goes on: they do not change what is learned."""
 
 
@@ -57,7 +57,7 @@ def check_run(config: TrainConfig) -> None:
 def describe(config: TrainConfig) -> str:
     """What would be trained on what, for the first line and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
-    check_settings(dataset, config.settings, config.workers)
+    check_settings(dataset, config.settings)
     if checkpoint := newest_good(Path(config.run)):
         theirs, _ = read_space(checkpoint)
         dataset.space.require_same_encoder(theirs, mine=dataset.source, theirs=f"the run {checkpoint}")
