@@ -2,7 +2,7 @@
 
     stage = claim(run)                      # from here on, every earlier claim of `run` is void
     (stage / "part").write_text(...)
-    publish(stage / "part", run / "name")   # raises ClaimLost once somebody else has claimed the run
+    publish(stage / "part", run / "name")   # raises ClaimLostError once somebody else has claimed the run
 
 A claim is a folder of its own, `.writer/<name>/`. Claiming swaps the whole `.writer` for a new one, and publishing is a
 rename out of the claim's folder: a rename is atomic, and its source is gone once the claim is. So a writer that was cut
@@ -25,14 +25,14 @@ from latentclip.errors import UsageError
 WRITER = ".writer"
 
 
-class ClaimLost(UsageError):
+class ClaimLostError(UsageError):
     """Raised where a run's folder was claimed by somebody else in the meantime."""
 
 
 def claim(folder: Path) -> Path:
-    """Claim `folder` (a run's, made if need be, or a claim of it); returns the claim, an empty folder to prepare files in.
+    """Claim `folder`, a run's (made if need be) or a claim of it; returns the claim, an empty folder to prepare files in.
 
-    Of claims made at the same time, the last counts. Raises ClaimLost if `folder` is a claim that was lost.
+    Of claims made at the same time, the last counts. Raises ClaimLostError if `folder` is a claim that was lost.
     """
     if WRITER not in folder.parts:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def release(stage: Path) -> None:
 def publish(part: Path, final: Path) -> None:
     """Give a file or folder `part` of a claim its final name; a file of that name is replaced.
 
-    Raises ClaimLost, and changes nothing, if the claim was lost.
+    Raises ClaimLostError, and changes nothing, if the claim was lost.
     """
     try:
         part.rename(final)
@@ -68,7 +68,7 @@ def publish(part: Path, final: Path) -> None:
 
 
 def require(stage: Path) -> None:
-    """Raise ClaimLost if the claim `stage` was lost."""
+    """Raise ClaimLostError if the claim `stage` was lost."""
     if not stage.is_dir():
         raise _lost(stage)
 
@@ -92,7 +92,9 @@ def _discard(writer: Path) -> None:
     shutil.rmtree(void, ignore_errors=True)
 
 
-def _lost(folder: Path) -> ClaimLost:
+def _lost(folder: Path) -> ClaimLostError:
     parts = folder.parts
     run = Path(*parts[: parts.index(WRITER)]) if WRITER in parts else folder
-    return ClaimLost(f"another training has taken over the run {run}, and this one has stopped; wait for the other")
+    return ClaimLostError(
+        f"another training has taken over the run {run}, and this one has stopped; wait for the other"
+    )

@@ -77,7 +77,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads of one worker; default: its share of the machine's cores."""
     retries: int = 3
-    """Times that lost workers are replaced before the job fails. A node that was taken away with notice is not counted."""
+    """Times that lost workers are replaced before the job fails; nodes that are taken away with notice do not count."""
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False

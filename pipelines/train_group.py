@@ -1,4 +1,4 @@
-"""The workers of a training on Ray Train: started, replaced when lost, more or fewer of them, stopped with a checkpoint.
+"""The workers of a training on Ray Train: started, replaced when lost, more or fewer, stopped with a checkpoint.
 
 Ray Train replaces lost workers and chooses how many run. What it does not know is that a checkpoint should come first:
 before nodes are taken away, and before workers are added. There the workers end by themselves with a checkpoint, and

@@ -1,8 +1,8 @@
 """One worker of a training: what Ray Train runs on each rank.
 
 It claims the run, so that no forgotten worker of an earlier attempt writes into it any more, and then is
-`latentclip.fit.Fit` alone. Rank 0 ends with a checkpoint when the program asks for it, or when Ray says that the node of
-any rank is about to be taken away.
+`latentclip.fit.Fit` alone. Rank 0 ends with a checkpoint when the program asks for it, or when Ray says that a node of
+theirs is about to be taken away.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 with Nodes() as nodes:
     job = TrainJob(nodes.address, latents, folder / "run", workers=2, steps=300)
-    disturb(job, nodes, schedule(seed=0, steps=300, kills={"worker": 2, "node": 1, "driver": 1}), seed=0)
+    job.start()
+    disturb(job, nodes, schedule(rng, 300, {"worker": 2, "node": 1, "driver": 1}), rng)
+    job.finish()
     assert lines(job.run) == lines(undisturbed)
 """
 
@@ -15,13 +17,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 from chaos import ROOT, Nodes, Process, parent, processes, raylet, wait_until
+from fits import MODEL
 from ray.core.generated import autoscaler_pb2
 
 from latentclip.checkpoint import newest_good
@@ -41,7 +44,7 @@ class TrainJob:
             "latents": latents,
             "run": run,
             "ray-address": address,
-            "model": "Latent-ViT-tiny",
+            "model": MODEL,
             "steps": steps,
             "max-minutes": None,
             "batch-size": BATCH,
@@ -113,9 +116,8 @@ class Event:
     delay: float
 
 
-def schedule(seed: int, steps: int, kinds: dict[Kind, int]) -> list[Event]:
+def schedule(rng: random.Random, steps: int, kinds: Mapping[Kind, int]) -> list[Event]:
     """Events in random order at random steps, the last tenth of them spared."""
-    rng = random.Random(seed)
     order = [kind for kind, count in kinds.items() for _ in range(count)]
     rng.shuffle(order)
     moments = sorted(rng.randrange(1, max(2, int(0.9 * steps))) for _ in order)
@@ -148,7 +150,8 @@ def give_notice(nodes: Nodes, node: Any) -> None:
 def preempt(job: TrainJob, nodes: Nodes, rng: random.Random) -> float:
     """Preempt the node of a worker; returns the seconds from the notice to a checkpoint of a later step.
 
-    The node is killed, and replaced, as soon as the checkpoint is there.
+    The node is killed, and replaced, as soon as the checkpoint is there. Only a training whose own checkpoints are rare
+    shows anything by it.
     """
     node = node_of(nodes, one_worker(job, nodes, rng))
     before, begun = newest_step(job.run), time.monotonic()
@@ -166,12 +169,9 @@ def newest_step(run: Path) -> int:
     return int(good.name.removeprefix("step_")) if good else -1
 
 
-def disturb(job: TrainJob, nodes: Nodes, events: list[Event], seed: int) -> tuple[Counter[str], list[float]]:
-    """Run a job through all events to its end; returns what was done, and each notice's seconds to its checkpoint."""
-    rng = random.Random(seed)
-    done: Counter[str] = Counter()
+def disturb(job: TrainJob, nodes: Nodes, events: list[Event], rng: random.Random) -> list[float]:
+    """Do all events to a training that was started; returns each notice's seconds to its checkpoint."""
     notices = []
-    job.start()
     for event in events:
         job.reach(event.step)
         time.sleep(event.delay)
@@ -185,6 +185,4 @@ def disturb(job: TrainJob, nodes: Nodes, events: list[Event], seed: int) -> tupl
             os.kill(one_worker(job, nodes, rng).pid, signal.SIGKILL)
         else:
             notices.append(preempt(job, nodes, rng))
-        done[event.kind] += 1
-    job.finish()
-    return done, notices
+    return notices
