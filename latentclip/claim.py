@@ -30,7 +30,7 @@ class ClaimLostError(UsageError):
 
 
 def claim(folder: Path) -> Path:
-    """Claim `folder`, a run's (made if need be) or a claim of it; returns the claim, an empty folder to prepare files in.
+    """Claim `folder`, a run's (made if need be) or a claim of it; returns the claim, an empty folder for drafts.
 
     Of claims made at the same time, the last counts. Raises ClaimLostError if `folder` is a claim that was lost.
     """
@@ -95,6 +95,4 @@ def _discard(writer: Path) -> None:
 def _lost(folder: Path) -> ClaimLostError:
     parts = folder.parts
     run = Path(*parts[: parts.index(WRITER)]) if WRITER in parts else folder
-    return ClaimLostError(
-        f"another training has taken over the run {run}, and this one has stopped; wait for the other"
-    )
+    return ClaimLostError(f"another training has taken over the run {run}; this one has stopped, wait for the other")

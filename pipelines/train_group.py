@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -97,7 +97,7 @@ class Group:
         self.claim = claim(Path(self.config.run))
         layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
         with (
-            tempfile.TemporaryDirectory(prefix="latentclip-train-") as scratch,
+            _emptied(Path(self.config.run) / ".ray") as scratch,
             _set_by_signals(self.asked),
             tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar,
         ):
@@ -112,7 +112,7 @@ class Group:
         release(self.claim)
         return self.asked.is_set()
 
-    def _fit(self, scratch: str, bar: tqdm[Any]) -> None:
+    def _fit(self, scratch: Path, bar: tqdm[Any]) -> None:
         """Run workers until they end, and raise what ended them."""
         desk = put_up_desk()
         trainer = self._trainer(desk, scratch)
@@ -135,7 +135,7 @@ class Group:
         if note.preempted:
             bar.write("train: a node is being taken away; a checkpoint is written, going on without it")
 
-    def _trainer(self, desk: Any, scratch: str) -> TorchTrainer:
+    def _trainer(self, desk: Any, scratch: Path) -> TorchTrainer:
         config = self.config
         gpus = self.kind == "GPU"
         threads = config.threads or max(1, (os.cpu_count() or 1) // (1 if gpus else config.workers))
@@ -146,9 +146,9 @@ class Group:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers, use_gpu=gpus, elastic_resize_monitor_interval_s=math.inf
             ),
-            # Ray keeps nothing of ours: checkpoints are the run's own, so its storage may vanish with the job.
+            # Ray keeps nothing of ours: checkpoints are the run's own.
             run_config=ray.train.RunConfig(
-                storage_path=scratch,
+                storage_path=str(scratch),
                 failure_config=ray.train.FailureConfig(max_failures=config.retries, max_preemption_failures=-1),
                 callbacks=[NoRetry()],
             ),
@@ -174,6 +174,16 @@ class Group:
                 text = "step {step:.0f}  loss {loss:.4f}  scale {logit_scale:.1f}  {samples_per_second:,.0f} samples/s"
                 bar.set_postfix_str(text.format(**metrics), refresh=False)
                 bar.update(100 * metrics["progress"] - bar.n)
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder that is removed before and after; on the run's disk, since all nodes must see it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
