@@ -94,9 +94,9 @@ class Group:
         for name, value in RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         self.kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        self.claim = claim(Path(self.config.run))
         layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
         with (
+            _claimed(Path(self.config.run)) as self.claim,
             _emptied(Path(self.config.run) / ".ray") as scratch,
             _set_by_signals(self.asked),
             tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar,
@@ -109,7 +109,6 @@ class Group:
                     lost += 1  # a worker died while it was set up, or one of Ray Train's own processes
                     if lost > self.config.retries:
                         raise
-        release(self.claim)
         return self.asked.is_set()
 
     def _fit(self, scratch: Path, bar: tqdm[Any]) -> None:
@@ -174,6 +173,16 @@ class Group:
                 text = "step {step:.0f}  loss {loss:.4f}  scale {logit_scale:.1f}  {samples_per_second:,.0f} samples/s"
                 bar.set_postfix_str(text.format(**metrics), refresh=False)
                 bar.update(100 * metrics["progress"] - bar.n)
+
+
+@contextmanager
+def _claimed(run: Path) -> Iterator[Path]:
+    """A claim of the run, which its workers claim in turn."""
+    stage = claim(run)
+    try:
+        yield stage
+    finally:
+        release(stage)
 
 
 @contextmanager
