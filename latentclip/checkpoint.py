@@ -15,14 +15,13 @@ The folder is written under a hidden name and renamed, so no reader ever meets a
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from open_clip.model import CLIP, CustomTextCLIP
@@ -30,14 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from latentclip._commit import COMMIT, commit, is_good, put_in_place, remove, verify_checkpoint
+from latentclip.claim import require
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.model import Config, build_model
 from latentclip.text import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
-COMMIT = "checkpoint.json"
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_([0-9]{8,18})")
 
 
 def save_checkpoint(
@@ -52,22 +51,26 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: dict[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    stage: Path | None = None,
 ) -> None:
     """Write a checkpoint to `folder`, replacing one that is there.
 
     `config` is what `resolve_config` returned, `grid` the latent cells along a side; each entry of `tensors` becomes
-    `<name>.safetensors`, `state` (JSON values) `state.json`, and `files` are further ones by
-    name. Raises UsageError for weights that are not finite, and if the disk is full; nothing is then left under the
-    final name.
+    `<name>.safetensors`, `state` (JSON values) `state.json`, and `files` are further ones by name. It is prepared in
+    `stage`, a claim of the run's folder (`latentclip.claim`), by default beside its final place. Raises UsageError for
+    tensors that are not finite, if the disk is full, and if the claim was lost; nothing is then left under the final
+    name.
     """
     folder = Path(folder)
-    _require_finite(model.state_dict(), "the model")
+    for owner, values in {"the model": model.state_dict(), **(tensors or {})}.items():
+        _require_finite(values, owner)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(".*.partial"):  # of a writer that was killed; a run has one writer
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        remove(leftover)
+    partial = (stage or folder.parent) / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        (partial / "tokenizer").mkdir(parents=True)
+        partial.mkdir()  # never with its parents: a claim that was lost stays lost
+        (partial / "tokenizer").mkdir()
         tokenizer.save(partial / "tokenizer")
         save_model(model, str(partial / "model.safetensors"))
         for name, values in (tensors or {}).items():
@@ -79,9 +82,10 @@ def save_checkpoint(
             _write_json(partial / "state.json", state)
         for name, data in (files or {}).items():
             (partial / name).write_bytes(data)
-        _commit(partial)
-        _put_in_place(partial, folder)
+        commit(partial)
+        put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
+        require(partial.parent)
         raise UsageError(
             f"the checkpoint {folder} cannot be written ({error}); free space or choose another disk"
         ) from error
@@ -89,28 +93,36 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Raise UsageError, naming the file, unless every file is there with the bytes it was written with."""
-    for name, expected in _read_commit(folder)["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"]:
-            raise UsageError(f"checkpoint {folder} is damaged: {name} is missing or cut off; use an older checkpoint")
-        if _sha256(file) != expected["sha256"]:
-            raise UsageError(f"checkpoint {folder} is damaged: {name} has changed; use an older checkpoint")
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step of a run lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
+    """Step and path of what is named as a checkpoint of a run, newest first; it may be anything."""
+    found = ((_STEP.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step_*"))
+    steps = [(int(name[1]), path) for name, path in found if name]
+    return sorted((pair for pair in steps if pair[1] == step_folder(run, pair[0])), reverse=True)
 
 
 def newest_good(run: Path) -> Path | None:
     """The newest checkpoint `run/checkpoints/step_*` that is whole and unchanged; None if there is none."""
-    steps = [
-        (int(found[1]), path) for path in (run / "checkpoints").glob("step_*") if (found := _STEP.fullmatch(path.name))
-    ]
-    for _, folder in sorted(steps, reverse=True):
-        try:
-            verify_checkpoint(folder)
-        except UsageError:
-            continue
-        return folder
-    return None
+    return next((folder for _, folder in checkpoint_folders(run) if is_good(folder)), None)
+
+
+def delete_old(run: Path, step: int, keep: int) -> None:
+    """Delete what is older than the `keep` newest good checkpoints up to `step`; nothing while there are fewer.
+
+    What claims to be of a later step is not of this training, and damaged ones do not count: neither makes a good one
+    old. The files of those that count are read.
+    """
+    steps = [(number, folder) for number, folder in checkpoint_folders(run) if number <= step]
+    if len(steps) <= keep:
+        return
+    good = list(islice((number for number, folder in steps if is_good(folder)), keep))
+    for number, folder in steps:
+        if len(good) == keep and number < good[-1]:
+            remove(folder)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -150,8 +162,8 @@ def read_space(folder: Path) -> tuple[LatentSpace, int]:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The values of a JSON file of a checked checkpoint, e.g. `state.json`."""
     try:
-        values = json.loads((folder / name).read_bytes())
-    except (OSError, ValueError) as error:
+        values = json.loads((folder / name).read_bytes(), object_pairs_hook=_once, parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder / name} cannot be read ({error}); use another checkpoint") from error
     if not isinstance(values, dict):
         raise UsageError(f"{folder / name} holds no JSON object; use another checkpoint")
@@ -197,61 +209,17 @@ def _require_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
             raise UsageError(f"{name} of {owner} is not finite; go back to an older checkpoint")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's values; a name may stand there once."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name is there twice")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _commit_text(files: dict[str, Any]) -> str:
-    """The commit file's content. It holds its own digest, so that a flip in it is noticed as well."""
-    body = json.dumps({"files": files, "format_version": FORMAT_VERSION}, sort_keys=True)
-    return json.dumps({"commit": json.loads(body), "sha256": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True)
-
-
-def _commit(folder: Path) -> None:
-    """Write the commit, last, with everything on the disk before it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in paths:
-        _sync(path)
-    files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
-    (folder / COMMIT).write_text(_commit_text(files))
-    for path in (folder / COMMIT, folder / "tokenizer", folder):
-        _sync(path)
-
-
-def _read_commit(folder: Path) -> dict[str, Any]:
-    try:
-        text = (folder / COMMIT).read_text()
-        commit = json.loads(text)["commit"]
-        sound = _commit_text(commit["files"]) == text and all(map(_is_inside, commit["files"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise UsageError(f"{folder / COMMIT} is missing or damaged; use an older checkpoint")
-    return commit
-
-
-def _is_inside(name: str) -> bool:
-    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Give the finished folder its name; one that was there gives way."""
-    if folder.exists():
-        folder.rename(partial.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"))
-    partial.rename(folder)
-    _sync(folder.parent)
-    for old in folder.parent.glob(f".{folder.name}.*.partial"):
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

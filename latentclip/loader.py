@@ -251,6 +251,9 @@ def _column(columns: list[tuple[Group, NDArray[np.object_]]], count: int) -> lis
     return found
 
 
-def keys_hash(keys: list[str]) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of keys in order: names a batch in a log."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+def samples_hash(seeds: Tensor) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a batch's seeds (b,): names its samples, in order, in a log.
+
+    A sample's seed is a function of (seed, epoch, key).
+    """
+    return hashlib.sha256(seeds.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,10 @@ def load_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Tokeni
     bpe = folder / _BPE if folder else Path(default_bpe())
     if not bpe.is_file():
         raise UsageError(f"{folder} lacks {_BPE}; use a checkpoint with its tokenizer")
-    return Tokenizer(SimpleTokenizer(str(bpe), context_length=context_length), {_BPE: bpe.read_bytes()})
+    try:
+        return Tokenizer(SimpleTokenizer(str(bpe), context_length=context_length), {_BPE: bpe.read_bytes()})
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UsageError(f"{bpe} holds no byte pairs ({error}); use another checkpoint") from error
 
 
 def _forget(encoder: FrozenTextEncoder, _: Any) -> None:

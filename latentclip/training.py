@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 from latentclip.errors import UsageError
+from latentclip.losses import SharedClipLoss, SharedSigLipLoss
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon)
 
 
-def build_loss(settings: Optimisation, rank: int, world_size: int) -> nn.Module:
+def build_loss(
+    settings: Optimisation, rank: int = 0, world_size: int = 1, group: torch.distributed.ProcessGroup | None = None
+) -> nn.Module:
     """open_clip's loss over the global batch: local loss with gathered gradients, as the paper trains."""
-    if settings.loss == "siglip":
-        return SigLipLoss(rank=rank, world_size=world_size)
-    return ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world_size)
+    siglip = settings.loss == "siglip"
+    if world_size == 1:
+        return SigLipLoss() if siglip else ClipLoss(cache_labels=True)
+    return (SharedSigLipLoss if siglip else SharedClipLoss)(rank, world_size, group)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -75,8 +80,24 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext()
 
 
-class NotFiniteError(RuntimeError):
-    """Raised when a loss is NaN or infinite, before any weight is changed by it."""
+class NotFiniteError(ArithmeticError):
+    """Raised where a number of the training is NaN or infinite, before a weight is moved or saved because of it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is not finite")
+        self.weights = what == WEIGHT
+        """Whether it is a weight: the step before is then to blame."""
+
+
+WEIGHT = "a weight"
+CHECKED = (WEIGHT, "a latent", "the loss", "the gradient")
+"""What a step checks, in the order of blame: each makes those after it bad as well."""
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every value is finite, a bool scalar on their device: one fused reading, and nothing waits for it."""
+    return torch.nn.utils.get_total_norm([value for value in tensors if value.is_floating_point()]).isfinite()
 
 
 def training_step(
@@ -87,23 +108,30 @@ def training_step(
     text: Tensor,
     settings: Optimisation,
     rate: float,
+    agree: Callable[[Tensor], Tensor] = lambda flags: flags,
 ) -> dict[str, Tensor]:
     """Move the weights by one batch (latents (b, c, h, w), text (b, context)) at learning rate `rate`.
 
     Returns detached scalars: loss, gradient_norm, logit_scale. Raises NotFiniteError and leaves the weights as they
-    are if the loss is not finite.
+    are if one of CHECKED is not finite. `agree` makes of this worker's flags (n,) bool those that all workers share;
+    each comes that far whatever it has found, so that none waits for another.
     """
     for group in optimiser.param_groups:
         group["lr"] = rate
     with autocast(latents.device, settings.precision):
         image_features, text_features, logit_scale, *logit_bias = model(latents, text)
         loss = loss_function(image_features, text_features, logit_scale, *logit_bias)
-    if not torch.isfinite(loss):
-        raise NotFiniteError(f"the loss is {loss.item()}")
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     trained = [value for group in optimiser.param_groups for value in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, settings.gradient_clip or math.inf)
+    gradients = [value.grad for value in trained if value.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    flags = [all_finite(trained), latents.isfinite().all(), loss.isfinite(), norm.isfinite()]
+    good = agree(torch.stack(flags)).tolist()  # the one point of a step where the device is waited for
+    if not all(good):
+        raise NotFiniteError(CHECKED[good.index(False)])
+    if settings.gradient_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
     optimiser.step()
     clamp_logit_scale(model, settings.max_logit_scale)
     return {"loss": loss.detach(), "gradient_norm": norm.detach(), "logit_scale": logit_scale.detach()}
@@ -123,9 +151,22 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimiser the state that `optimiser_tensors` returned."""
+    """Give an optimiser the state that `optimiser_tensors` returned.
+
+    Raises UsageError for tensors that are not of these parameters or not finite. A parameter may have none: one that
+    never had a gradient.
+    """
+    parameters = [value for group in optimiser.param_groups for value in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        if not (index.isdecimal() and int(index) < len(parameters)):
+            raise UsageError(f"the optimiser's state holds {key}, which the model has not")
+        expected = () if name == "step" else parameters[int(index)].shape
+        if value.shape != expected or not value.is_floating_point() or not value.isfinite().all():
+            raise UsageError(f"{key} of the optimiser's state is of another model, or not finite")
         state.setdefault(int(index), {})[name] = value
+    for index, values in state.items():
+        if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise UsageError(f"the optimiser's state of parameter {index} is {sorted(values)}, which is not AdamW's")
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -72,6 +72,8 @@ class TrainConfig:
     settings: Annotated[FitSettings, Flat] = field(default_factory=FitSettings)
     workers: int = 1
     """Training workers, each with a GPU if the cluster has GPUs."""
+    min_workers: int | None = None
+    """Go on with as few workers as this while nodes are missing, and with more once they are back; default: all."""
     threads: int | None = None
     """CPU threads of one worker; default: its share of the machine's cores."""
     cache: str | None = None
@@ -79,14 +81,15 @@ class TrainConfig:
     cache_gb: float = 20.0
     """GB (10⁹ bytes) of that disk that may be used; 0 reads remote shards into each worker's memory instead."""
     retries: int = 3
-    """Times that lost workers are replaced before the job fails."""
+    """Times that lost workers are replaced before the job fails; nodes that are taken away with notice do not count."""
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
     """Print what would be done, and write nothing."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, workers=self.workers, threads=self.threads)
+        require_at_least(1, min_workers=self.min_workers, threads=self.threads)
+        require_at_least(self.min_workers or 1, workers=self.workers)
         require_at_least(0, retries=self.retries, cache_gb=self.cache_gb)
         if self.cache and is_remote(self.cache):
             raise UsageError(f"--cache is {self.cache!r}; give a folder on the nodes' own disks")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -106,10 +106,11 @@ def wait_until(true: Callable[[], object], what: str, seconds: float = 120) -> N
 
 
 class Nodes:
-    """A head without CPUs and three nodes of one CPU each, on this machine; all temporary files in one folder."""
+    """A head without CPUs and some nodes of one CPU each, on this machine; all temporary files in one folder."""
 
-    def __init__(self, mark: str | None = None, **system_config: object) -> None:
+    def __init__(self, mark: str | None = None, count: int = 3, **system_config: object) -> None:
         self.mark = mark or uuid.uuid4().hex
+        self.count = count
         self.folder = Path(tempfile.mkdtemp(prefix="lc"))  # short, since sockets lie in it
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir()
@@ -133,19 +134,22 @@ class Nodes:
         os.environ.update(self.environment)
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         self.cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": self.system_config})
-        for _ in range(3):
-            self._add()
+        for _ in range(self.count):
+            self.add()
         return self
 
-    def _add(self) -> None:
+    def add(self) -> None:
         self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
 
     def kill_one(self, rng: random.Random) -> None:
         """SIGKILL the raylet of a worker node, and put another node in its place."""
-        node = rng.choice(sorted(self.cluster.worker_nodes, key=lambda node: str(node.node_id)))
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        self.remove(rng.choice(sorted(self.cluster.worker_nodes, key=lambda node: str(node.node_id))))
+        self.add()
+
+    def remove(self, node: Any) -> None:
+        """SIGKILL the raylet of a node."""
+        os.kill(raylet(node), signal.SIGKILL)
         self.cluster.remove_node(node, allow_graceful=False)
-        self._add()
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.cluster.shutdown()
@@ -169,6 +173,12 @@ class Nodes:
             with suppress(OSError):
                 maps.append(path.read_text())
         return {name for name in new if not any(f"/dev/shm/{name}" in text for text in maps)}
+
+
+def raylet(node: Any) -> int:
+    """The process of a node that all its others belong to."""
+    pid: int = node.all_processes["raylet"][0].process.pid
+    return pid
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -14,8 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentclip import checkpoint
-from latentclip.checkpoint import COMMIT, find_checkpoint, load_weights, newest_good, read_model, save_checkpoint
+from latentclip import _commit, checkpoint
+from latentclip.checkpoint import (
+    COMMIT,
+    delete_old,
+    find_checkpoint,
+    load_weights,
+    newest_good,
+    read_model,
+    save_checkpoint,
+)
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.model import build_model, resolve_config
@@ -127,10 +135,10 @@ def test_every_flipped_bit_is_noticed(saved: Path, tmp_path: Path) -> None:
             flip(saved / name, rng)
             try:
                 with pytest.raises(UsageError):
-                    checkpoint.verify_checkpoint(saved)
+                    _commit.verify_checkpoint(saved)
             finally:
                 (saved / name).write_bytes(original)
-    checkpoint.verify_checkpoint(saved)
+    _commit.verify_checkpoint(saved)
 
 
 def damages(file: Path) -> list[Any]:
@@ -160,11 +168,31 @@ def test_newest_good_is_found_whatever_happens_to_newer_ones(saved: Path, tmp_pa
     assert find_checkpoint(run.parent) == run / "step_00000009"
 
 
+def test_old_checkpoints_go_and_damaged_ones_do_not_count(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4, 5, 6, 9):
+        shutil.copytree(saved, run / f"step_{step:08d}")
+    for step in (3, 5, 6):
+        (run / f"step_{step:08d}" / COMMIT).unlink()
+    (run / "step_00000002" / "notes").symlink_to(tmp_path)
+    (run / "step_00000000").touch()
+
+    def left(step: int, keep: int) -> list[int]:
+        delete_old(tmp_path, step, keep)
+        return sorted(int(path.name[5:]) for path in run.iterdir())
+
+    assert left(step=6, keep=5) == [0, 1, 2, 3, 4, 5, 6, 9], "there are three good ones up to there"
+    assert left(step=6, keep=2) == [2, 3, 4, 5, 6, 9]
+    assert left(step=6, keep=1) == [4, 5, 6, 9]
+    assert left(step=9, keep=1) == [9]
+    assert run.is_dir()
+
+
 def test_commit_may_not_point_outside(copy: Path, tmp_path: Path) -> None:
     for name in ("../../outside", str(tmp_path / "outside")):
-        (copy / COMMIT).write_text(checkpoint._commit_text({name: {"bytes": 0, "sha256": ""}}))
+        (copy / COMMIT).write_text(_commit.commit_text({name: {"bytes": 0, "sha256": ""}}))
         with pytest.raises(UsageError, match="damaged"):
-            checkpoint.verify_checkpoint(copy)
+            _commit.verify_checkpoint(copy)
 
 
 def test_missing_checkpoints(tmp_path: Path) -> None:
@@ -215,6 +243,6 @@ def test_hostile_safetensors(small: dict[str, Any], tmp_path: Path) -> None:
 def test_hostile_but_committed_files(copy: Path, file: str, content: str) -> None:
     (copy / file).write_text(content)
     (copy / COMMIT).unlink()
-    checkpoint._commit(copy)
+    _commit.commit(copy)
     with pytest.raises(UsageError):
         read_model(find_checkpoint(copy))

@@ -7,9 +7,8 @@ import errno
 import io
 import os
 import random
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,6 @@ from latentclip.records import DATASET_FILE, Record
 from latentclip.shards import LatentRows, ShardCorrupt, find_record, finished, read_shard, write_shard
 from latentclip.storage import Folder
 from latentclip.verify import verify
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    if os.geteuid():
-        pytest.skip("mounting a small file system takes root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    made = subprocess.run(mount, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {made.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.timeout(60)

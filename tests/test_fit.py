@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import MODEL
 from latent_samples import fill, make_dataset, make_outcome, make_rows
 from open_clip.loss import ClipLoss
 
-from latentclip.checkpoint import newest_good, save_checkpoint
+from latentclip._commit import commit
+from latentclip.checkpoint import newest_good
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit, FitSettings
@@ -81,12 +84,11 @@ def test_a_run_goes_on_with_its_snapshot_while_the_data_set_grows(tmp_path: Path
 
 
 def test_a_checkpoint_without_a_snapshot_is_a_sentence(latents: LatentDataset, tmp_path: Path) -> None:
-    run = fit(latents, tmp_path)
-    tensors = {"optimiser": {"step": torch.zeros(1)}}
-    place = tmp_path / "checkpoints" / "step_00000001"
-    save_checkpoint(
-        place, model=run.model, config=run.config, space=latents.space, grid=4, tokenizer=run.tokenizer, tensors=tensors
-    )
+    fit(latents, tmp_path, steps=1).run()
+    checkpoint = newest_good(tmp_path)
+    (checkpoint / "snapshot.json").unlink()
+    (checkpoint / "checkpoint.json").unlink()
+    commit(checkpoint)
     with pytest.raises(UsageError, match=r"does not say what its run is trained on.* begin a new run"):
         fit(latents, tmp_path)
 
@@ -154,10 +156,42 @@ def test_latents_without_a_row_are_a_sentence(tmp_path: Path) -> None:
         fit(LatentDataset(tmp_path / "latents"), tmp_path / "run")
 
 
-def test_a_diverging_loss_saves_nothing(latents: LatentDataset, tmp_path: Path) -> None:
-    run = fit(latents, tmp_path)
-    with torch.no_grad():
-        run.model.logit_scale.fill_(float("nan"))
-    with pytest.raises(UsageError, match="the loss is nan; nothing of it was saved"):
-        run.run()
-    assert newest_good(tmp_path) is None
+def test_a_checkpoint_is_written_once(latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path).run()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
+    assert len([path for path in written if path.name == "checkpoint.json"]) == 1
+    assert fit(latents, tmp_path).run() == {"step": 8.0}
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == written
+
+
+def test_a_log_that_was_lost_does_not_matter(latents: LatentDataset, tmp_path: Path) -> None:
+    Fit(latents, tmp_path, settings(), stop=lambda: True, report=lambda _: None).run()
+    (tmp_path / "samples.jsonl").unlink()
+    Fit(latents, tmp_path, settings(), stop=lambda: True, report=lambda _: None).run()
+    fit(latents, tmp_path).run()
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 8))
+
+
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays(latents: LatentDataset, small_disk: Path) -> None:
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    small = {"model": str(MODEL), "keep_checkpoints": 1}
+    Fit(latents, run, settings(**small), stop=lambda: True, report=lambda _: None).run()
+    free = os.statvfs(small_disk)
+    ballast.write_bytes(bytes(free.f_bavail * free.f_bsize - 2**20))
+    last = run / "checkpoints" / "step_00000001"
+    with pytest.raises(UsageError, match=rf"{run}/checkpoints/step_00000008 cannot be written .*free space"):
+        fit(latents, run, **small).run()
+    assert newest_good(run) == last
+    assert [path.name for path in last.parent.iterdir()] == [last.name]
+    ballast.unlink()
+    fit(latents, run, **small).run()
+    fit(latents, small_disk.parent / "undisturbed", **small).run()
+    assert lines(run) == lines(small_disk.parent / "undisturbed")
+
+
+def test_no_checkpoint_of_this_training_is_a_sentence(latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path, steps=1).run()
+    with pytest.raises(UsageError, match=r"was trained with .*'seed': 0.*, not .*'seed': 1.*another run folder"):
+        fit(latents, tmp_path, seed=1)
+    with pytest.raises(UsageError, match="is of another model than"):
+        fit(latents, tmp_path, model=str(MODEL))

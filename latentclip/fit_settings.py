@@ -1,0 +1,65 @@
+"""The settings of a training, and whether some data can be trained on with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from latentclip.augment import LatentAugmentation
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError, require_at_least
+from latentclip.training import Optimisation
+
+Flat = tyro.conf.arg(name="")
+"""Shows the fields of a nested value as flags of their own."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What a training depends on, beside its data."""
+
+    model: str = "Latent-ViT-B-8-512"
+    """Name of a model configuration, or the path of one as JSON."""
+    steps: int | None = None
+    """Steps to train for. Give this or `--max-minutes`."""
+    max_minutes: float | None = None
+    """Minutes to train for; the learning rate then follows the clock."""
+    batch_size: int = 256
+    """Pairs in a batch, over all workers."""
+    optimisation: Annotated[Optimisation, Flat] = field(default_factory=Optimisation)
+    augmentation: Annotated[LatentAugmentation, Flat] = field(default_factory=LatentAugmentation)
+    plain_share: float = 0.0
+    """Probability of training on an image's plain view instead of any of its stored views."""
+    seed: int = 0
+    """Seed of initial weights, order, views and every other random number."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; damaged ones do not count."""
+    max_skips: int = 5
+    """Batches to skip, over the whole run, because of a number that is not finite; one more ends the training."""
+    log_steps: int = 10
+    """Steps between lines of the log."""
+
+
+def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
+    """Raise UsageError, before anything is built, if this data cannot be trained on with these settings."""
+    if (settings.steps is None) == (settings.max_minutes is None):
+        raise UsageError("give either --steps or --max-minutes, to say how long to train")
+    counted = ("steps", "batch_size", "keep_checkpoints", "log_steps")
+    require_at_least(1, **{name: getattr(settings, name) for name in counted})
+    require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
+    require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
+    require_at_least(0, max_skips=settings.max_skips)
+    pairs = sum(shard.rows for shard in dataset.shards)
+    if not pairs:
+        raise UsageError(
+            f"{dataset.source} holds no latents, since no pair was stored; see its records for the reasons"
+        )
+    if settings.batch_size > pairs:
+        raise UsageError(
+            f"a batch of {settings.batch_size} is larger than the data set of {pairs} pairs; "
+            f"give --batch-size {pairs} or less"
+        )

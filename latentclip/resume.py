@@ -1,0 +1,176 @@
+"""Where a training goes on: the newest checkpoint that is whole and is this training's, or the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+
+from latentclip._commit import verify_checkpoint
+from latentclip.checkpoint import (
+    checkpoint_folders,
+    read_json,
+    read_model,
+    read_space,
+    read_tensors,
+    step_folder,
+)
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
+from latentclip.fit_settings import FitSettings
+from latentclip.model import Config, build_model, resolve_config
+from latentclip.place import Team
+from latentclip.snapshot import Snapshot, read_snapshot
+from latentclip.text import Tokenizer, load_tokenizer
+from latentclip.training import build_optimiser, load_optimiser, optimiser_tensors
+
+
+@dataclass
+class Training:
+    """What a training has come to: all that its next step needs beside data and settings."""
+
+    model: CLIP | CustomTextCLIP
+    optimiser: torch.optim.AdamW
+    config: Config
+    tokenizer: Tokenizer
+    snapshot: Snapshot
+    """What it is trained on."""
+    step: int = 0
+    """Steps done."""
+    elapsed: float = 0.0
+    """Seconds of training."""
+    skips: tuple[int, ...] = ()
+    """Numbers of the batches that are skipped."""
+    checkpoint: Path | None = None
+    """Where it was read from; None for one that begins."""
+
+    @property
+    def data_step(self) -> int:
+        """Number of the batch that the next step takes."""
+        return data_step(self.step, self.skips)
+
+    def state(self, settings: FitSettings) -> dict[str, Any]:
+        """What its checkpoint holds as state.json."""
+        return {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "skips": list(self.skips),
+            "optimiser_tensors": len(optimiser_tensors(self.optimiser)),
+            **_identity(settings),
+        }
+
+
+def data_step(step: int, skips: Iterable[int]) -> int:
+    """Number of the batch, in the sample order, that a training step takes: the step-th of those not skipped."""
+    for skipped in sorted(skips):
+        step += skipped <= step
+    return step
+
+
+def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, team: Team) -> Training:
+    """The training of a run as far as it has come, the same on every worker: rank 0 chooses the checkpoint.
+
+    A checkpoint that is damaged or does not load is passed over, with a line that says why. Raises UsageError if some
+    are whole and none of them is this training's: of other latents, another model or another seed.
+    """
+    found = _newest(run, dataset, settings, team.device) if team.leads else None
+    step = int(team.broadcast(found.step if found else -1)[0])
+    if found:
+        return found
+    return (
+        restore(step_folder(run, step), dataset, settings, team.device)
+        if step >= 0
+        else begin(dataset, settings, team.device)
+    )
+
+
+def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training | None:
+    unfit: UsageError | None = None
+    for _, folder in checkpoint_folders(run):
+        whole = False
+        try:
+            verify_checkpoint(folder)
+            whole = True
+            return restore(folder, dataset, settings, device)
+        except UsageError as error:
+            print(f"train: {folder.name} is passed over: {error}", flush=True)
+            unfit = unfit or (error if whole else None)
+    if unfit:
+        raise unfit
+    return None
+
+
+def begin(dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training:
+    """A training at its start; the weights depend on the seed alone."""
+    torch.manual_seed(settings.seed)
+    space, grid = dataset.space, dataset.dataset.grid
+    config = resolve_config(settings.model, space, grid)
+    model, tokenizer = build_model(config, space, grid), load_tokenizer(config)
+    return _on_device(model, config, tokenizer, dataset.snapshot, settings, device)
+
+
+def restore(folder: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training:
+    """The training of a checked checkpoint; raises UsageError, naming both, if it is of another one than this."""
+    state = _read_state(folder, settings)
+    space, grid = read_space(folder)
+    dataset.space.require_same_encoder(space, mine=f"the data {dataset.source}", theirs=f"the run {folder}")
+    expected = resolve_config(settings.model, dataset.space, dataset.dataset.grid)
+    if read_json(folder, "model.json") != expected or grid != dataset.dataset.grid:
+        raise UsageError(f"{folder} is of another model than {settings.model}; use that model, or another run folder")
+    model, config, tokenizer = read_model(folder)
+    training = _on_device(model, config, tokenizer, read_snapshot(folder), settings, device)
+    tensors = read_tensors(folder, "optimiser")
+    if len(tensors) != state["optimiser_tensors"]:
+        raise UsageError(f"{folder} lacks a part of the optimiser's state; use an older checkpoint")
+    load_optimiser(training.optimiser, tensors)
+    training.step, training.elapsed, training.skips = state["step"], state["elapsed"], tuple(state["skips"])
+    training.checkpoint = folder
+    return training
+
+
+def _on_device(
+    model: CLIP | CustomTextCLIP,
+    config: Config,
+    tokenizer: Tokenizer,
+    snapshot: Snapshot,
+    settings: FitSettings,
+    device: torch.device,
+) -> Training:
+    model = model.train().to(device, memory_format=torch.channels_last)
+    return Training(model, build_optimiser(model, settings.optimisation), config, tokenizer, snapshot)
+
+
+def _identity(settings: FitSettings) -> dict[str, int]:
+    """The settings that decide which pairs a step takes."""
+    return {"seed": settings.seed, "batch_size": settings.batch_size}
+
+
+def _read_state(folder: Path, settings: FitSettings) -> dict[str, Any]:
+    """state.json of a checkpoint, every value of the kind and in the range it must have."""
+    state = read_json(folder, "state.json")
+    theirs = {name: state.get(name) for name in _identity(settings)}
+    if theirs != _identity(settings):
+        raise UsageError(f"{folder} was trained with {theirs}, not {_identity(settings)}; use another run folder")
+    step, elapsed, skips = state.get("step"), state.get("elapsed"), state.get("skips")
+    sound = (
+        _is_count(step)
+        and folder.name == step_folder(folder, step).name
+        and isinstance(elapsed, int | float)
+        and 0 <= elapsed < math.inf
+        and isinstance(skips, list)
+        and all(map(_is_count, skips))
+        and len(set(skips)) == len(skips)
+        and _is_count(state.get("optimiser_tensors"))
+    )
+    if not sound:
+        raise UsageError(f"{folder / 'state.json'} is not the state of {folder.name}; use an older checkpoint")
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0

@@ -1,0 +1,99 @@
+"""The logs of a run, which rank 0 writes: samples.jsonl (a line a step), skips.jsonl and tensorboard/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from latentclip.claim import publish, require
+from latentclip.errors import UsageError
+
+SCALARS = ("loss", "learning_rate", "logit_scale", "gradient_norm")
+"""What of a step TensorBoard shows."""
+
+
+class StepLog:
+    """The log of a run from `step` on; what a training that was interrupted or went back wrote of later ones goes.
+
+    It is a new file each time, out of `stage`, a claim of the run: an earlier writer goes on in a file without a name.
+    """
+
+    def __init__(self, run: Path, step: int, stage: Path) -> None:
+        self.path, self.stage = run / "samples.jsonl", stage
+        self.waiting: list[dict[str, Any]] = []
+        kept = _lines_before(step, self.path)
+        self.file = (stage / self.path.name).open("w")
+        self._write(kept)
+        publish(stage / self.path.name, self.path)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Note a step; its values may be scalars on a device, which nothing waits for before `write`."""
+        self.waiting.append(line)
+
+    def write(self, rate: float) -> dict[str, float]:
+        """Write the steps noted since the last call; returns SCALARS of the last, empty if there are none.
+
+        `rate` is the samples a second, for TensorBoard. Raises UsageError if the disk is full.
+        """
+        if not self.waiting:
+            return {}
+        lines = [{k: v.item() if isinstance(v, Tensor) else v for k, v in line.items()} for line in self.waiting]
+        self.waiting = []
+        require(self.stage)
+        self._write(json.dumps(line) + "\n" for line in lines)
+        scalars = {name: float(lines[-1][name]) for name in SCALARS}
+        for name, value in {**scalars, "samples_per_second": rate}.items():
+            self.board.add_scalar(name, value, lines[-1]["step"] + 1)
+        return scalars
+
+    def _write(self, lines: Iterable[str]) -> None:
+        with _named(self.path):
+            self.file.writelines(lines)
+            self.file.flush()
+
+    def close(self) -> None:
+        """End it; what was noted and not written is dropped."""
+        self.board.close()
+        with suppress(OSError):  # of a full disk, which `write` has named
+            self.file.close()
+
+
+def log_skip(run: Path, *, step: int, data_step: int, reason: str, keys: list[str]) -> None:
+    """Add a batch that is skipped, with the keys in it, to skips.jsonl; raises UsageError if the disk is full."""
+    line = {"step": step, "data_step": data_step, "reason": reason, "keys": keys}
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / "skips.jsonl"
+    with _named(path), path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Make a full disk an error that names the log."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"the log {path} cannot be written ({error}); free space, and run it again") from error
+
+
+def _lines_before(step: int, path: Path) -> list[str]:
+    """The lines of steps before `step`."""
+    if not path.is_file():
+        return []
+    with path.open(errors="replace") as file:
+        return [line for line in file if _step_of(line) < step]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that was torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
