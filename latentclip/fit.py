@@ -136,7 +136,6 @@ class Fit:
         """Model, optimiser, loader and loss: from the newest good checkpoint, or from the start."""
         torch.manual_seed(self.settings.seed)
         space, checkpoint = self.dataset.space, newest_good(self.run_folder)
-        self.dataset = self.dataset.at(self._snapshot(checkpoint))
         if checkpoint:
             theirs, _ = read_space(checkpoint)
             space.require_same_encoder(theirs, mine=f"the data {self.dataset.source}", theirs=f"the run {checkpoint}")
@@ -144,6 +143,7 @@ class Fit:
         else:
             self.config = resolve_config(self.settings.model, space, self.grid)
             model, self.tokenizer = build_model(self.config, space, self.grid), load_tokenizer(self.config)
+        self.dataset = self.dataset.at(self._snapshot(checkpoint))
         self.model = model.train().to(self.place.device, memory_format=torch.channels_last)
         self.optimiser = build_optimiser(self.model, self.settings.optimisation)
         if checkpoint:
