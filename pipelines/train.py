@@ -60,9 +60,9 @@ def describe(config: TrainConfig) -> str:
     """What would be trained on what, for the first lines and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
     if checkpoint := newest_good(Path(config.run)):
-        dataset = dataset.at(read_snapshot(checkpoint))
         theirs, _ = read_space(checkpoint)
         dataset.space.require_same_encoder(theirs, mine=dataset.source, theirs=f"the run {checkpoint}")
+        dataset = dataset.at(read_snapshot(checkpoint))
     check_settings(dataset, config.settings)
     grid = dataset.dataset.grid
     model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
