@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import subprocess
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -22,11 +23,13 @@ from latent_samples import fill
 from remote_shards import end, put, start
 from s3_servers import KEYS, s3_server
 
-from latentclip.cache import ROOM_LOCK, ShardCache
+from latentclip.cache import ROOM_LOCK, ShardCache, default_folder
 from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
 from latentclip.loader import LatentLoader
 from latentclip.records import ShardCorrupt
 from latentclip.storage import Folder
+from pipelines.configs import TrainConfig
 
 MB = 1e-3
 """In gigabytes."""
@@ -288,6 +291,27 @@ def test_without_a_limit_nothing_touches_the_disk(bucket: str, tmp_path: Path) -
     [info] = put(bucket)
     assert ShardCache(tmp_path / "cache", 0).open(info) == Folder(bucket).read(info.name)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_default_folder_is_this_users_own(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [info] = put(bucket)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = default_folder()
+    assert not list(tmp_path.iterdir()), "a training on local latents leaves nothing"
+    ShardCache(folder, 1).open(info)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if os.getuid() == 0:
+        os.chown(folder, 65534, 65534)
+        with pytest.raises(UsageError, match="belongs to another user; give a --cache folder"):
+            default_folder()
+
+
+def test_training_refuses_a_cache_that_is_none() -> None:
+    with pytest.raises(UsageError, match="give a folder on the nodes' own disks"):
+        TrainConfig(latents="s3://a/b", run="run", cache="s3://a/cache")
+    with pytest.raises(UsageError, match="--cache-gb is -1"):
+        TrainConfig(latents="s3://a/b", run="run", cache_gb=-1)
 
 
 def test_shards_larger_than_the_limit_are_read_into_memory(bucket: str, tmp_path: Path) -> None:
