@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,24 @@ import numpy as np
 import torch
 
 SHAPE = (4, 64, 64)
-WORDS = "a the red old small photo painting of in on with dog house river mountain street light blue window".split()
-Batch = tuple[torch.Tensor, Any]
+WORDS = (
+    "a",
+    "the",
+    "red",
+    "old",
+    "photo",
+    "painting",
+    "of",
+    "in",
+    "on",
+    "with",
+    "dog",
+    "house",
+    "river",
+    "mountain",
+    "blue",
+)
+Batch = tuple[torch.Tensor, Sequence[str]]
 Epoch = Callable[[], Iterable[Batch]]
 
 
@@ -94,12 +112,12 @@ class Seen:
     characters: int = 0
     """Sum of the captions' lengths."""
 
-    def add(self, latents: torch.Tensor, captions: Any) -> int:
+    def add(self, latents: torch.Tensor, captions: Sequence[str]) -> int:
         """Touch each sample of a batch, as a training step would; returns how many there are."""
         assert latents.shape[1:] == SHAPE, latents.shape
         self.samples += len(latents)
-        self.values += int(latents[:, 0, 0, 0].half().view(torch.int16).sum(dtype=torch.int64))
-        self.characters += int(captions.sum()) if isinstance(captions, torch.Tensor) else sum(map(len, captions))
+        self.values += int(latents[:, 0, 0, 0].contiguous().view(torch.int16).sum(dtype=torch.int64))
+        self.characters += sum(map(len, captions))
         return len(latents)
 
 
@@ -120,26 +138,44 @@ def measure(epoch: Callable[[], Iterable[Any]], take: Callable[[Any], int], seco
 
 
 def read(job: Job, epoch: Epoch) -> dict[str, Any]:
-    """Measure a contestant, and say what it delivered in all."""
+    """Measure a contestant, and say what it delivered in the first epoch and the measured ones."""
     seen = Seen()
-    dtypes = set()
 
     def take(batch: Batch) -> int:
-        dtypes.add(str(batch[0].dtype))
+        assert batch[0].dtype == torch.float16, batch[0].dtype
         return seen.add(*batch)
 
-    found = measure(epoch, take, job.seconds)
-    return {**found, "delivered": asdict(seen), "dtype": ", ".join(dtypes)}
+    return {**measure(epoch, take, job.seconds), "delivered": asdict(seen)}
+
+
+def run(
+    writers: dict[str, Callable[[Job], None]],
+    readers: dict[str, Callable[[Job], Epoch]],
+    packages: Iterable[str],
+    files: Callable[[Job], Iterable[int]] | None = None,
+) -> None:
+    """Do the job in this process's argument and print what came of it as the last line."""
+    warnings.filterwarnings("ignore")
+    job = Job.from_arguments()
+    found: dict[str, Any] = {}
+    if job.action == "versions":
+        found = {name: importlib.metadata.version(name) for name in packages}
+    elif job.action == "files" and files:
+        found = measure(lambda: files(job), int, job.seconds)
+    elif job.action == "write":
+        job.path(job.options["format"]).mkdir()
+        writers[job.options["format"]](job)
+    else:
+        found = read(job, readers[job.action](job))
+    print(f"\n{json.dumps(found)}", flush=True)
 
 
 def as_tensor(latents: list[bytes]) -> torch.Tensor:
-    """Bytes of n latents as one (n, 4, 64, 64) tensor; in a worker of a DataLoader in memory shared with its parent."""
-    rows = [torch.frombuffer(latent, dtype=torch.float16) for latent in latents]
+    """The last bytes of each of n buffers (after the header of a .npy) as (n, 4, 64, 64).
+
+    In a worker of a DataLoader the tensor lies in memory that is shared with the parent.
+    """
+    numbers = math.prod(SHAPE)
+    rows = [torch.frombuffer(latent, dtype=torch.float16, offset=len(latent) - 2 * numbers) for latent in latents]
     batch: torch.Tensor = torch.utils.data.default_collate(rows)
     return batch.view(-1, *SHAPE)
-
-
-def versions(*packages: str) -> str:
-    """The versions of packages, those that are not there left out."""
-    known = {package.name for package in importlib.metadata.distributions()}
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages if name in known)
