@@ -6,7 +6,8 @@
 Without `--peers` (an environment of the peers' own; loader_peers.py says how it is made) and `--ray` only this project
 is measured. Each contestant is a process of its own. Of each peer every setting is tried first, and the best one goes
 into the rounds, in which all contestants take turns; a rate is that of whole epochs after a first one. Memory is taken
-in another run, since looking at it slows what is looked at. On a machine that others use, look at the ratios.
+in another run, since looking at it slows what is looked at. CPU is the time that a sample takes of all processes of a
+contestant: on a machine that others use too it says more than the rate.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 import tyro
 from loader_common import SHAPE, Job, Seen  # beside this file
-from process_memory import PeakMemory
+from process_tree import PeakMemory
 
 HERE = Path(__file__).parent
 OURS, PEERS = HERE / "loader_ours.py", HERE / "loader_peers.py"
@@ -162,17 +163,17 @@ class Benchmark:
 
 def table(rows: list[Contestant]) -> Iterator[str]:
     """Lines of the table; ratios are to the first row, round by round."""
-    yield f"{'':34}{'samples/s':>10}{'least':>9}{'most':>9}{'ratio':>7}{'first':>8}{'own':>8}{'mapped':>8}  setting"
-    yield f"{'':34}{'median':>10}{'':>18}{'':>7}{'s':>8}{'MiB':>8}{'MiB':>8}"
+    yield f"{'samples/s':>44}{'least':>9}{'most':>9}{'ratio':>7}{'CPU':>8}{'first':>8}{'own':>8}{'mapped':>8}"
+    yield f"{'median':>44}{'':>25}{'us':>8}{'s':>8}{'MiB':>8}{'MiB':>8}"
     for row in rows:
         rates = row.rates()
         ratio = statistics.median(a / b for a, b in zip(rates, rows[0].rates(), strict=True))
-        first = statistics.median(found["first"] for found in row.rounds)
-        memory = "".join(f"{row.memory[name] / 2**20:8.0f}" for name in ("own", "mapped"))
+        cpu, first = (statistics.median(found[name] for found in row.rounds) for name in ("cpu", "first"))
+        own, mapped = (row.memory[name] / 2**20 for name in ("own", "mapped"))
         setting = f"  {row.job.options['workers']} workers" if row.tried else ""
         yield (
             f"{row.name:34}{statistics.median(rates):10,.0f}{min(rates):9,.0f}{max(rates):9,.0f}{ratio:7.2f}"
-            f"{first:8.2f}{memory}{setting}"
+            f"{cpu:8.1f}{first:8.2f}{own:8.0f}{mapped:8.0f}{setting}"
         )
 
 

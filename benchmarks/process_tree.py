@@ -1,7 +1,8 @@
-"""The memory of a process and all its descendants, as Linux shares it out among them."""
+"""The memory and the processor time of a process and all its descendants, as Linux counts them."""
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -38,6 +39,18 @@ def descendants(process: int) -> Iterator[int]:
             continue
         for child in children:
             yield from descendants(int(child))
+
+
+def processor_time(process: int) -> float:
+    """Seconds of CPU that a process and its living descendants have used."""
+    ticks = 0
+    for pid in descendants(process):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class PeakMemory(threading.Thread):
