@@ -65,3 +65,15 @@ def uses_stored_tokens(dataset: LatentDataset, tokenizer: Tokenizer | None) -> b
     """Whether the tokens stored with the latents are those of this tokenizer."""
     stored = dataset.dataset.tokens
     return stored is not None and stored.hash == getattr(tokenizer, "hash", None)
+
+
+def token_notices(dataset: LatentDataset, tokenizer: Tokenizer, model: str) -> list[str]:
+    """A line to tell a user before training where the stored tokens are of no use to `model`."""
+    stored = dataset.dataset.tokens
+    if stored is None or uses_stored_tokens(dataset, tokenizer):
+        return []
+    return [
+        f"warning: the stored tokens are of another tokenizer ({stored.tokenizer}, {stored.vocabulary} tokens, context "
+        f"{stored.context}) than that of {model}, so that captions are tokenised in training; encode with "
+        f"--tokens {model} to store its own"
+    ]

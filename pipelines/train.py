@@ -25,10 +25,12 @@ from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import check_settings
 from latentclip.model import build_model, resolve_config
+from latentclip.opened import token_notices
 from latentclip.pinning import notices
 from latentclip.records import differences
 from latentclip.snapshot import read_snapshot
 from latentclip.storage import Folder
+from latentclip.text import load_tokenizer
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
 from pipelines.configs import TrainConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
@@ -65,14 +67,16 @@ def describe(config: TrainConfig) -> str:
         dataset = dataset.at(read_snapshot(checkpoint))
     check_settings(dataset, config.settings)
     grid = dataset.dataset.grid
-    model = build_model(resolve_config(config.settings.model, dataset.space, grid), dataset.space, grid)
+    model_config = resolve_config(config.settings.model, dataset.space, grid)
+    model = build_model(model_config, dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)
     millions = sum(value.numel() for value in model.parameters()) / 1e6
     line = (
         f"{config.settings.model} ({millions:.1f} M parameters) on {pairs} pairs in {len(dataset)} shards of "
         f"{dataset.space}, batch {config.settings.batch_size}, {config.workers} workers"
     )
-    return "\ntrain: ".join([line, *notices(dataset)])
+    unused = token_notices(dataset, load_tokenizer(model_config), config.settings.model)
+    return "\ntrain: ".join([line, *notices(dataset), *unused])
 
 
 def run(config: TrainConfig) -> bool:

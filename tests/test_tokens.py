@@ -18,6 +18,7 @@ from latentclip.encode import EncodeSettings, ShardEncoder
 from latentclip.errors import UsageError
 from latentclip.loader import LatentLoader
 from latentclip.model import read_config
+from latentclip.opened import token_notices
 from latentclip.records import DatasetFile
 from latentclip.storage import Folder
 from latentclip.text import Tokenizer, load_tokenizer
@@ -81,6 +82,9 @@ def test_a_model_with_another_tokenizer_reads_the_captions(tmp_path: Path) -> No
     batch = LatentLoader(dataset, other, batch_size=12).batch(0)
     captions = {key: caption for rows in dataset for key, caption in zip(rows.keys, rows.captions, strict=True)}
     assert torch.equal(batch["text"], other([captions[key] for key in batch["keys"]]))
+    assert token_notices(dataset, tokenizer_of(MODELS[0]), MODELS[0]) == []
+    (line,) = token_notices(dataset, other, MODELS[1])
+    assert f"encode with --tokens {MODELS[1]} to store its own" in line
 
 
 def test_the_dataset_says_whose_tokens_they_are(tmp_path: Path) -> None:
