@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def test_removed_rows_are_stood_in_for_and_added_ones_ignored(tmp_path: Path, co
     assert [shard.rows for shard in dataset.shards] == [4, 4, 4]
     expected[1], expected[3] = expected[2], expected[0]
     assert keys(dataset) == expected
+    assert keys(pickle.loads(pickle.dumps(dataset))) == expected, "as workers of another process get it"
     assert dataset.rewritten == (2 if container == "parquet" else 1)
     assert [info.rows for info in LatentDataset(tmp_path).shards] == [2, 4, 6 if container == "parquet" else 4]
 
