@@ -108,7 +108,8 @@ class ShardCache:
             if (data := self._cached(info)) is not None:
                 return data
             warnings.warn(f"{path} in the cache is not what it was; {info.url} is fetched again", stacklevel=4)
-            path.unlink(missing_ok=True)
+            with _disk():
+                path.unlink(missing_ok=True)
         self._make_room(descriptor, info.bytes)
         fetch(info.url, info.bytes, lambda start, part: _write(descriptor, start, part))
         with _disk():

@@ -48,6 +48,19 @@ def test_folder_replaces_and_deletes(folder: Folder) -> None:
         folder.read("log")
 
 
+def test_folder_tells_sizes_and_reads_ranges(folder: Folder) -> None:
+    folder.create("a b", b"0123456789")
+    assert folder.size("a b") == 10
+    assert [bytes(folder.read_range("a b", start, stop)) for start, stop in ((0, 1), (3, 7), (9, 10))] == [
+        b"0",
+        b"3456",
+        b"9",
+    ]
+    for absent in (lambda: folder.size("absent"), lambda: folder.read_range("absent", 0, 1)):
+        with pytest.raises(FileNotFoundError, match="absent"):
+            absent()
+
+
 def test_folder_travels_to_another_process(tmp_path: Path) -> None:
     folder = pickle.loads(pickle.dumps(Folder(tmp_path)))
     assert folder.create("a", b"1")
