@@ -41,10 +41,12 @@ FORMATS = {OURS: ("parquet", "webdataset"), PEERS: ("npy", "mosaic", "mosaic_byt
 class LoaderBenchmark:
     """What is measured."""
 
-    samples: int = 20_480
-    """Samples of an epoch; a multiple of `2 * batch_size` and of `2 * shard`, so that two workers share them evenly."""
-    shard: int = 1024
-    """Samples in a shard, where the format leaves that open."""
+    samples: int = 40_960
+    """Samples of an epoch; a multiple of `2 * batch_size` and of `2 * shard`, so that two workers share them evenly.
+    The seven formats together must leave room in the page cache: 9 GiB by default."""
+    shard: int = 512
+    """Samples in a shard, where the format leaves that open; so few that there are more shards than LatentLoader holds
+    open, since each must be opened and checked anew in each epoch."""
     batch_size: int = 256
     """Samples in a batch."""
     seconds: float = 5.0
