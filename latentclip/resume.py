@@ -150,7 +150,7 @@ def _read_state(folder: Path, settings: FitSettings) -> dict[str, Any]:
     step, elapsed, skips = state.get("step"), state.get("elapsed"), state.get("skips")
     sound = (
         _is_count(step)
-        and folder.name == step_folder(folder, step).name
+        and folder.name == f"step_{step:08d}"
         and isinstance(elapsed, int | float)
         and 0 <= elapsed < math.inf
         and isinstance(skips, list)
