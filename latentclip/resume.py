@@ -79,11 +79,9 @@ def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, te
     step = int(team.broadcast(found.step if found else -1)[0])
     if found:
         return found
-    return (
-        restore(step_folder(run, step), dataset, settings, team.device)
-        if step >= 0
-        else begin(dataset, settings, team.device)
-    )
+    if step < 0:
+        return begin(dataset, settings, team.device)
+    return restore(step_folder(run, step), dataset, settings, team.device)
 
 
 def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training | None:
