@@ -10,7 +10,7 @@ same losses. A number that is not finite sends it back there as well, to go on w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class Fit:
                 self.log.close()
         return metrics
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch]:
         """The batches from the next step's on, without those that are skipped."""
         first, skips = self.training.data_step, set(self.training.skips)
         with closing(self.loader.batches(first)) as batches:
@@ -180,9 +180,9 @@ class Fit:
     def _tick(self) -> tuple[bool, bool]:
         """Advance the clock; returns whether to stop, and whether a checkpoint is due. Rank 0 decides for all."""
         now = time.monotonic()
-        due = now - self.saved_time > 60 * self.settings.checkpoint_minutes
+        late = now - self.saved_time > 60 * self.settings.checkpoint_minutes
         elapsed, stopped, due = self.team.broadcast(
-            self.training.elapsed + now - self.clock, self.team.leads and self.stop(), due
+            self.training.elapsed + now - self.clock, self.team.leads and self.stop(), late
         )
         self.training.elapsed, self.clock = elapsed, now
         return bool(stopped), bool(due)

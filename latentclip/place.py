@@ -42,7 +42,7 @@ class Team:
         self.leads, self.computes = self.rank == 0, self.rank < self.size
         self.group: torch.distributed.ProcessGroup | None = None
         if 1 < self.size < workers:
-            self.group = torch.distributed.new_group(range(self.size))
+            self.group = torch.distributed.new_group(range(self.size))  # type: ignore[assignment]
         if self.size < workers and self.leads:
             print(f"train: a batch of {batch_size} is shared by {self.size} of {workers} workers", flush=True)
 

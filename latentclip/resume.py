@@ -82,11 +82,9 @@ def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, te
     step = int(team.broadcast(found.step if found else -1)[0])
     if found:
         return found
-    return (
-        restore(step_folder(run, step), dataset, settings, team.device)
-        if step >= 0
-        else begin(dataset, settings, team.device)
-    )
+    if step < 0:
+        return begin(dataset, settings, team.device)
+    return restore(step_folder(run, step), dataset, settings, team.device)
 
 
 def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training | None:
@@ -159,7 +157,7 @@ def _read_state(folder: Path, settings: FitSettings) -> dict[str, Any]:
     step, elapsed, skips = state.get("step"), state.get("elapsed"), state.get("skips")
     sound = (
         _is_count(step)
-        and folder.name == step_folder(folder, step).name
+        and folder.name == f"step_{step:08d}"
         and isinstance(elapsed, int | float)
         and 0 <= elapsed < math.inf
         and isinstance(skips, list)

@@ -166,7 +166,7 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor])
         if value.shape != expected or not value.is_floating_point() or not value.isfinite().all():
             raise UsageError(f"{key} of the optimiser's state is of another model, or not finite")
         state.setdefault(int(index), {})[name] = value
-    for index, values in state.items():
+    for number, values in state.items():
         if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
-            raise UsageError(f"the optimiser's state of parameter {index} is {sorted(values)}, which is not AdamW's")
+            raise UsageError(f"the optimiser's state of parameter {number} is {sorted(values)}, which is not AdamW's")
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

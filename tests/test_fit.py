@@ -36,7 +36,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
 
 
 def settings(**changes: Any) -> FitSettings:
-    values = {"model": "Latent-ViT-tiny", "steps": 8, "batch_size": 12, "log_steps": 1, **changes}
+    values = {"model": str(MODEL), "steps": 8, "batch_size": 12, "log_steps": 1, **changes}
     return FitSettings(**values)
 
 
@@ -111,7 +111,7 @@ def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> 
     fit(latents, tmp_path, steps=20, optimisation=recipe).run()
     torch.manual_seed(0)
     grid = latents.dataset.latent_shape[-1]
-    config = resolve_config("Latent-ViT-tiny", latents.space, grid)
+    config = resolve_config(MODEL, latents.space, grid)
     model = build_model(config, latents.space, grid).train()
     optimiser = build_optimiser(model, recipe)
     loader = LatentLoader(latents, load_tokenizer(config), batch_size=12)
@@ -174,7 +174,7 @@ def test_a_log_that_was_lost_does_not_matter(latents: LatentDataset, tmp_path: P
 
 def test_a_full_disk_is_named_and_the_older_checkpoint_stays(latents: LatentDataset, small_disk: Path) -> None:
     run, ballast = small_disk / "run", small_disk / "ballast"
-    small = {"model": str(MODEL), "keep_checkpoints": 1}
+    small = {"keep_checkpoints": 1}
     Fit(latents, run, settings(**small), stop=lambda: True, report=lambda _: None).run()
     free = os.statvfs(small_disk)
     ballast.write_bytes(bytes(free.f_bavail * free.f_bsize - 2**20))
@@ -194,4 +194,4 @@ def test_no_checkpoint_of_this_training_is_a_sentence(latents: LatentDataset, tm
     with pytest.raises(UsageError, match=r"was trained with .*'seed': 0.*, not .*'seed': 1.*another run folder"):
         fit(latents, tmp_path, seed=1)
     with pytest.raises(UsageError, match="is of another model than"):
-        fit(latents, tmp_path, model=str(MODEL))
+        fit(latents, tmp_path, model="Latent-ViT-tiny")
