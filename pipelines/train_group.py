@@ -45,8 +45,9 @@ preemption after 5 s, and a lost node after a minute of waiting for it."""
 REQUEST = "request"
 """File with the name under which Ray keeps places for a training's workers."""
 
-GROW_SECONDS = 20.0
-"""Seconds for which more workers must have had room before the training is interrupted for them."""
+GROW_SECONDS = 25.0
+"""Seconds for which more workers must have had room before the training is interrupted for them. Ray Train counts nodes
+anew every 20 s, and would start as many as before."""
 
 
 class NoRetry(UserCallback):
