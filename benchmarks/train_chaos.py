@@ -110,6 +110,8 @@ def changing_workers(folder: Path, config: TrainChaosBenchmark) -> dict[str, Any
             wait_until(lambda done=done: chaos.newest_step(job.run) >= done + 5, "steps of theirs", 300)
             seen.append({"workers": workers, "from_step": done})
             print(f"{workers} workers from step {done}", flush=True)
+        job.kill()
+        job.start()
         job.finish()
     return {
         "undisturbed_seconds": seconds,

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,12 @@ RAY_TRAIN = {
 """Ray Train's settings, where the user has not set them. Its defaults notice a worker that hangs after 10 minutes, a
 preemption after 5 s, and a lost node after a minute of waiting for it."""
 
-GROW_SECONDS = 20.0
-"""Seconds for which more workers must have had room before the training is interrupted for them."""
+REQUEST = "request"
+"""File with the name under which Ray keeps places for a training's workers."""
+
+GROW_SECONDS = 25.0
+"""Seconds for which more workers must have had room before the training is interrupted for them. Ray Train counts nodes
+anew every 20 s, and would start as many as before."""
 
 
 class NoRetry(UserCallback):
@@ -98,7 +102,7 @@ class Group:
         layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
         with (
             _claimed(Path(self.config.run)) as self.claim,
-            _emptied(Path(self.config.run) / ".ray") as scratch,
+            _scratch(Path(self.config.run) / ".ray") as scratch,
             _set_by_signals(self.asked),
             tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar,
         ):
@@ -116,6 +120,8 @@ class Group:
         """Run workers until they end, and raise what ended them."""
         desk = put_up_desk()
         trainer = self._trainer(desk, scratch)
+        scratch.mkdir(exist_ok=True)
+        (scratch / REQUEST).write_text(f"train-{trainer.train_run_context.run_id}")
         outcome: list[BaseException] = []
 
         def fit() -> None:
@@ -193,8 +199,15 @@ def _claimed(run: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
-    """A folder that is removed before and after; on the run's disk, since all nodes must see it."""
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder that is removed before and after; on the run's disk, since all nodes must see it.
+
+    If a killed program left it, its request for workers is withdrawn, for which Ray keeps their places for 3 minutes.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # no such file, no such actor, no such method in this Ray
+        request = (folder / REQUEST).read_text()
+        coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(coordinator.cancel_request.remote(request))
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield folder
