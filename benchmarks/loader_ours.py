@@ -15,6 +15,9 @@ from latentclip.records import SUFFIXES, DatasetFile, Input, Outcome
 from latentclip.shards import LatentRows, write_shard
 from latentclip.storage import Folder
 
+LANES = 8
+"""Shards that a batch is drawn from."""
+
 
 def write_latents(job: Job) -> None:
     """Finished latent shards with their records, in either container."""
@@ -40,9 +43,13 @@ def read_files(job: Job) -> Iterator[int]:
 
 
 def latent_loader(job: Job) -> Epoch:
-    """LatentLoader with captions as strings; whole-file checksums unless `verify` is false."""
+    """LatentLoader with captions as strings; whole-file checksums unless `verify` is false.
+
+    It holds fewer shards open than there are, so that each is opened and checked anew in each epoch.
+    """
     dataset = LatentDataset(job.path(job.options["format"]))
-    loader = LatentLoader(dataset, batch_size=job.batch, seed=job.seed, verify=job.options["verify"])
+    options = {"batch_size": job.batch, "seed": job.seed, "lanes": LANES, "verify": job.options["verify"]}
+    loader = LatentLoader(dataset, **options)
     batches = ((batch["latents"], batch["captions"]) for batch in loader.batches())
     return lambda: itertools.islice(batches, job.samples // job.batch)
 

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_loader_benchmark_measures_both_containers(tmp_path: Path) -> None:
     sizes = ("--samples", "64", "--shard", "16", "--batch-size", "16", "--seconds", "0", "--rounds", "1")
     folders = ("--folder", str(tmp_path / "data"), "--json", str(tmp_path / "figures.json"))
