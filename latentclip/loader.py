@@ -128,6 +128,7 @@ class LatentLoader:
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
+            self._shelf.give_up()
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of one step."""

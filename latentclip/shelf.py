@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -31,15 +31,25 @@ class Shelf(Generic[Name, Item]):
 
     def get(self, names: list[Name]) -> dict[Name, Item]:
         """These items, once they are open. What fails to open raises here, and may be tried again."""
-        items = {}
-        for name, item in zip(names, self.ask(names), strict=True):
+        return {name: self._wait(name, item) for name, item in zip(names, self.ask(names), strict=True)}
+
+    def give_up(self) -> None:
+        """Open nothing that is not being opened already; only `get` asks for it again."""
+        with self._lock:
+            for name, item in list(self._items.items()):
+                if item.cancel():
+                    del self._items[name]
+
+    def _wait(self, name: Name, item: Future[Item]) -> Item:
+        while True:
             try:
-                items[name] = item.result()
+                return item.result()
+            except CancelledError:  # another reader gave up
+                (item,) = self.ask([name])
             except BaseException:
                 with self._lock:
                     self._items.pop(name, None)
                 raise
-        return items
 
     def _begin(self, name: Name) -> Future[Item]:
         if name not in self._items:
