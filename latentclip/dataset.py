@@ -122,11 +122,14 @@ class LatentDataset:
         """
         info = self.shards[index]
         folder, _ = locate(info.url)
-        record = find_record(folder, info.stem, self.dataset.container, info.generation)
-        if record is None:
-            where = whereabouts([info.stem], [folder])
-            raise ShardCorrupt(f"{self.source} lost a shard of the run under way: {where}; or begin a new run")
-        if record.generation == info.generation:
+        record = find_record(folder, info.stem, self.dataset.container, info.generation + 1)
+        if record is None:  # or its number is not the next, which a listing alone tells
+            name = finished(folder).get(info.stem)
+            if name is None:
+                where = whereabouts([info.stem], [folder])
+                raise ShardCorrupt(f"{self.source} lost a shard of the run under way: {where}; or begin a new run")
+            record = Record.read(folder, name)
+        if record.generation <= info.generation:
             return False
         self._set_file(index, _info(folder, record))
         return True

@@ -155,6 +155,22 @@ def test_a_run_of_another_latent_space_is_refused_before_any_worker_starts(tmp_p
         train.run(config)
 
 
+def test_what_a_training_leaves_out_is_said_before_it_begins(tmp_path: Path) -> None:
+    folder, records = fill(tmp_path / "latents", shards=3, rows=12, latent_shape=(4, 4, 4))
+    late = folder.read(records[2].name)
+    folder.delete(records[2].name)
+    config = train_config(tmp_path / "latents", tmp_path / "run", steps=1)
+    first, warning = train.describe(config).splitlines()
+    assert "on 24 pairs in 2 shards" in first
+    assert warning.startswith("train: warning: ")
+    assert "incomplete (1 data files without a record)" in warning
+    Fit(LatentDataset(tmp_path / "latents"), tmp_path / "run", config.settings).run()
+    folder.create(records[2].name, late)
+    first, added = train.describe(config).splitlines()
+    assert "on 24 pairs in 2 shards" in first
+    assert added == "train: 1 shards were added since this run was begun, and are no part of it"
+
+
 def test_a_training_that_waits_for_workers_can_be_stopped(ray_cluster: None, tmp_path: Path) -> None:
     fill(tmp_path / "latents", shards=1, rows=99, latent_shape=(4, 4, 4))
     options = ("photos", "--latents", str(tmp_path / "latents"), "--run", str(tmp_path / "run"))

@@ -153,8 +153,11 @@ def test_a_shard_that_is_rewritten_under_way_is_looked_up_again(tmp_path: Path) 
     assert (dataset.shards[1].name, dataset.shards[1].rows) == ("00001.g1.parquet", 4)
     expected[5] = expected[6]
     assert keys(dataset) == expected
+    folder.create("00001.g2.parquet", b"of a writer that was killed")
     remove(folder.url, ["0000100002"])
+    folder.delete("00001.g2.parquet")
     assert dataset.refresh(1)
+    assert dataset.shards[1].name == "00001.g3.parquet"
     expected[5] = expected[6] = expected[7]
     assert keys(dataset) == expected
     for name in (records[0].data, records[0].name):
