@@ -44,7 +44,7 @@ from pipelines.configs import EvaluateConfig, TrainConfig, VerifyConfig
 from pipelines.credentials import Sealed
 from pipelines.experiments import DEMO
 
-@ray.remote
+@ray.remote(max_calls=1)  # no later worker is this process
 def seen(sealed):
     before = os.environ.get("AWS_SECRET_ACCESS_KEY")
     sealed.open()
@@ -62,10 +62,10 @@ with cluster():
     settings = replace(DEMO.encode.settings, views=1, batch_size=4)
     config = replace(DEMO.encode, pairs=pairs, latents=latents, settings=settings)
     assert encode.run(config)["stored"] == 8
-    assert verify.run(VerifyConfig(latents=latents)).state == "complete"
     settings = FitSettings(model="Latent-ViT-tiny", steps=2, batch_size=4)
     assert train.run(TrainConfig(latents=latents, run=run, settings=settings, cache=cache, cache_gb=0.1))
     evaluate.run(EvaluateConfig(checkpoint=run, latents=(latents,), out=run))
+    assert verify.run(VerifyConfig(latents=latents)).state == "complete"
 print("RESULT", session, before, after == secret)
 """
 
