@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -50,9 +49,10 @@ class Team:
         """The model as it is trained: its gradients are the mean over the workers."""
         if self.size == 1:
             return model
+        # DDP takes a weight that is itself an output (logit_bias) for unused, and ends with an error.
+        model.register_forward_hook(lambda _module, _inputs, outputs: tuple(value * 1 for value in outputs))
         # Else the gradients are grouped anew after the first step, in which they arrive; the sums of three workers and
         # more then come out in another order after each resume. The price is a walk over the graph in each step.
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
         return DistributedDataParallel(model, process_group=self.group, find_unused_parameters=True)
 
     def broadcast(self, *values: float) -> list[float]:
