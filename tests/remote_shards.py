@@ -1,18 +1,22 @@
-"""Objects of a store as shards are known by their records, and processes that open them through one cache."""
+"""Objects of a store as shards are known by their records, processes that open them, and requests that are counted."""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import pytest
+from fault_proxy import Fault, FaultProxy, Request
 
-from latentclip.cache import ShardCache
+from latentclip.cache import ROOM_LOCK, ShardCache
 from latentclip.dataset import ShardInfo
 from latentclip.storage import Folder
 
@@ -53,3 +57,29 @@ def end(process: BaseProcess) -> None:
     """Wait for a process that must succeed."""
     process.join(120)
     assert process.exitcode == 0
+
+
+class Plan:
+    """Counts the bodies asked for, by object, and does on each request what a test wants."""
+
+    def __init__(self, then: Callable[[Request], Fault | None] = lambda request: None) -> None:
+        self.then, self.gets = then, Counter[str]()
+
+    def __call__(self, request: Request) -> Fault | None:
+        if request.method == "GET":
+            self.gets[request.path.rpartition("/")[2]] += 1
+        return self.then(request)
+
+
+@contextmanager
+def counted(server: str, plan: Plan | None = None) -> Iterator[Plan]:
+    """Requests of this process, and of those started within, go through a proxy that counts them."""
+    plan = plan or Plan()
+    with FaultProxy(server, plan) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT", proxy.url)
+        yield plan
+
+
+def files(folder: Path) -> set[str]:
+    """What a cache holds."""
+    return {path.name for path in folder.iterdir()} - {ROOM_LOCK}
