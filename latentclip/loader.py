@@ -43,6 +43,8 @@ Name = tuple[int, int, int]
 """Data set, shard and generation."""
 READ_AHEAD = 4
 """Batches prepared ahead of the training step."""
+_CHECKING, _FETCHING = 2, 8
+"""Threads that open local and remote shards."""
 _GATHERING = 2
 """Threads that copy rows into batches, a batch each."""
 
@@ -78,7 +80,8 @@ class LatentLoader:
         space: convention of the latents that `to_float` returns (default: as stored).
         cache: holds remote shards on a local disk.
         verify: whether the checksum of each shard is compared whenever it is opened.
-        threads: threads that open shards.
+        threads: threads that open shards; by default 2, and 8 where shards are remote, so that some are always fetched
+            while others are checked.
         pinned: whether latents lie in page-locked memory, for copies to a GPU beside its work.
     """
 
@@ -97,7 +100,7 @@ class LatentLoader:
         space: LatentSpace | None = None,
         cache: Cache | None = None,
         verify: bool = True,
-        threads: int = 2,
+        threads: int | None = None,
         pinned: bool = False,
     ) -> None:
         assert batch_size % world_size == 0, "every rank takes the same part of a batch"
@@ -114,6 +117,7 @@ class LatentLoader:
         rows = self.mixture.rows_of_a_shard
         self._ahead = math.ceil(rows * self.plan.lanes / batch_size)  # steps in which a lane gets a shard further
         shards = math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * rows)
+        threads = threads or (_FETCHING if self.mixture.is_remote else _CHECKING)
         self._shelf: Shelf[Name, OpenShard] = Shelf(self._open, 2 * shards + 4, threads)
         self._lock = Lock()
 

@@ -17,6 +17,7 @@ from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.order import Places, stretches
 from latentclip.ragged import Shape
+from latentclip.storage import is_remote
 
 
 class Mixture:
@@ -58,6 +59,11 @@ class Mixture:
     def rows(self) -> int:
         """Of all data sets."""
         return sum(shard.rows for one in self.datasets for shard in one.shards)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards lie in an object store or behind another URL."""
+        return any(is_remote(shard.url) for one in self.datasets for shard in one.shards)
 
     @property
     def rows_of_a_shard(self) -> int:
