@@ -34,7 +34,7 @@ from chaos import Nodes, wait_until  # noqa: E402
 from latent_samples import fill  # noqa: E402
 
 RARELY = {"checkpoint-minutes": 60}
-LARGE = 480
+LARGE = 1920
 """Batch of the training whose workers change, so that its steps take long enough for a node to be added under way."""
 
 
@@ -54,9 +54,9 @@ class TrainChaosBenchmark:
     """Notices of preemption; a node is killed as soon as the checkpoint is there."""
     elastic: bool = True
     """Also train on 1, 2, 4 and 3 workers."""
-    elastic_steps: int = 800
+    elastic_steps: int = 600
     """Steps of that training."""
-    tolerance: float = 1e-3
+    tolerance: float = 1e-4
     """Most that one of its losses may differ from that of an undisturbed worker."""
     seed: int = 0
     """Of the order, the times and the victims."""
@@ -91,7 +91,10 @@ def compare(run: Path, expected: list[dict[str, Any]], tolerance: float = 0.0) -
 
 
 def changing_workers(folder: Path, config: TrainChaosBenchmark) -> dict[str, Any]:
-    """Train on 1, 2, 4 and 3 workers, by adding and killing nodes under way, and compare with one worker."""
+    """Train on 1, 2, 4 and 3 workers, by adding and killing nodes under way, then kill the driver, too.
+
+    The lines are compared with those of one worker that nothing happens to.
+    """
     latents = folder / "many"
     fill(latents, shards=4, rows=LARGE, latent_shape=(4, 4, 4))
     options: dict[str, Any] = {"steps": config.elastic_steps, "batch-size": LARGE}
