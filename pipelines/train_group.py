@@ -22,8 +22,8 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 from ray.train import UserCallback
-from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
 from latentclip.claim import claim, release
@@ -32,6 +32,9 @@ from pipelines.configs import TrainConfig
 from pipelines.credentials import Sealed
 from pipelines.desk import Note, put_up_desk
 from pipelines.train_worker import worker
+
+TRAIN: Any = ray.train
+"""Its types are those of its first version, in whose place its second one runs."""
 
 RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -141,12 +144,12 @@ class Group:
         if note.preempted:
             bar.write("train: a node is being taken away; a checkpoint is written, going on without it")
 
-    def _trainer(self, desk: Any, scratch: Path) -> TorchTrainer:
+    def _trainer(self, desk: Any, scratch: Path) -> Any:
         config = self.config
         gpus = self.kind == "GPU"
         threads = config.threads or max(1, (os.cpu_count() or 1) // (1 if gpus else config.workers))
         workers = (config.min_workers, config.workers) if config.min_workers else config.workers
-        return TorchTrainer(
+        return TRAIN.torch.TorchTrainer(
             worker,
             train_loop_config={
                 "config": config,
@@ -155,13 +158,13 @@ class Group:
                 "claim": self.claim,
                 "credentials": Sealed(os.environ),
             },
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=TRAIN.ScalingConfig(
                 num_workers=workers, use_gpu=gpus, elastic_resize_monitor_interval_s=math.inf
             ),
             # Ray keeps nothing of ours: checkpoints are the run's own.
-            run_config=ray.train.RunConfig(
+            run_config=TRAIN.RunConfig(
                 storage_path=str(scratch),
-                failure_config=ray.train.FailureConfig(max_failures=config.retries, max_preemption_failures=-1),
+                failure_config=TRAIN.FailureConfig(max_failures=config.retries, max_preemption_failures=-1),
                 callbacks=[NoRetry()],
             ),
         )

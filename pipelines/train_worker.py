@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
+import ray.train.torch
 import torch
 
 from latentclip.cache import ShardCache, default_folder
