@@ -58,11 +58,12 @@ class MixedPlan:
         self.batch_size = batch_size
         self.lanes = SampleOrder(rows[0], seed, batch_size, lanes).lanes
         self.width = batch_size // self.lanes
-        self.shares = apportion(weights or [float(sum(counts)) for counts in rows], self.width)
+        weights = weights or [float(sum(counts)) for counts in rows]
+        self.shares = apportion(weights, self.width)
         if 0 in self.shares:
             raise UsageError(
-                f"the weights {list(weights or [])} leave no row in a batch of {batch_size} for some data set; "
-                "give a larger --batch-size, fewer --lanes, or drop the data set"
+                f"a batch of {batch_size} takes {self.width} rows from each of {self.lanes} lanes, too few to show the "
+                f"weights (or sizes) {weights}; give a larger batch, fewer lanes, or other weights"
             )
         self._starts = np.concatenate([[0], np.cumsum(self.shares)])
         self.orders = [
@@ -104,14 +105,13 @@ class BucketPlan:
     """Every batch is of one bucket. The buckets take turns in an order of their own, each as often as its size asks.
 
     A round has as many batches as all rows fill. Each bucket goes on through its own epochs, so that no row is left
-    out at the end of a round. `rows` are the row counts of each bucket's shards; a bucket of less than a batch is
-    refused, since its batches would hold a row twice.
+    out at the end of a round. `rows` are the row counts of each bucket's shards; none is of less than a batch, or all
+    of its batches would hold a row twice.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], seed: int, batch_size: int, lanes: int | None = None) -> None:
-        self.orders = [
-            SampleOrder(counts, int(mix(seed, bucket)), batch_size, lanes) for bucket, counts in enumerate(rows)
-        ]
+        # One seed: all buckets come through the shards in the same order, so that a shard is opened once for all.
+        self.orders = [SampleOrder(counts, seed, batch_size, lanes) for counts in rows]
         assert all(order.size >= batch_size for order in self.orders), "a bucket fills a batch"
         self.seed, self.batch_size, self.lanes = seed, batch_size, self.orders[0].lanes
         self.turns = np.array([round(order.size / batch_size) for order in self.orders])

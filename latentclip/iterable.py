@@ -36,7 +36,7 @@ class LatentBatches(IterableDataset[Batch]):
             raise UsageError("LatentBatches reads ahead with threads of its own; give the DataLoader num_workers=0")
         with closing(self.loader.batches(self.step)) as batches:
             for step in itertools.count(self.step):
-                if step == self.stop:
+                if self.stop is not None and step >= self.stop:
                     return
                 batch = next(batches)
                 self.step = step + 1

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.mixture import Mixture, shape_of
 from latentclip.opened import OpenShard, Tokenizer, open_shard
@@ -45,6 +46,8 @@ READ_AHEAD = 4
 """Batches prepared ahead of the training step."""
 _CHECKING, _FETCHING = 2, 8
 """Threads that open local and remote shards."""
+_KEPT = 3
+"""Times as many shards stay open as are in use: the next of each lane, and room for sizes that differ."""
 _GATHERING = 2
 """Threads that copy rows into batches, a batch each."""
 
@@ -73,9 +76,9 @@ class LatentLoader:
         dataset: one data set, or several with weights.
         tokenizer: captions (list of b strings) to tokens (b, context). It is not called where the stored tokens are
             its own. Without one, batches hold captions.
-        lanes: see SampleOrder. With `world_size` ranks each keeps 2 * lanes / world_size shards open, or a few more.
-            Local and cached ones are mapped: their memory is the page cache's, which the kernel may take back. Remote
-            ones without a cache are in memory, whole.
+        lanes: see SampleOrder. Each of `world_size` ranks keeps 3 * lanes / world_size shards open of each data set, or
+            a few more. Local and cached ones are mapped: their memory is the page cache's, which the kernel may take
+            back. Remote ones without a cache are in memory, whole.
         epoch_samples: samples in an epoch, as `"epoch"` counts them; by default all rows of the data.
         space: convention of the latents that `to_float` returns (default: as stored).
         cache: holds remote shards on a local disk.
@@ -103,7 +106,7 @@ class LatentLoader:
         threads: int | None = None,
         pinned: bool = False,
     ) -> None:
-        assert batch_size % world_size == 0, "every rank takes the same part of a batch"
+        _require_share(batch_size, rank, world_size, lanes)
         self.mixture = Mixture.of(dataset)
         self.dataset = self.mixture.dataset
         self.space = space or self.dataset.latent_space
@@ -111,18 +114,18 @@ class LatentLoader:
         self.buckets = self.mixture.buckets(batch_size)
         self.plan = self.mixture.plan(self.buckets, seed, batch_size, lanes)
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.epoch_samples = epoch_samples or self.mixture.rows
+        self.epoch_samples = epoch_samples or self.mixture.rows - self.mixture.rows_left_out(batch_size)
         self._cache, self._verify = cache, verify
         self._pinned = pinned
         rows = self.mixture.rows_of_a_shard
         self._ahead = math.ceil(rows * self.plan.lanes / batch_size)  # steps in which a lane gets a shard further
-        shards = math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * rows)
+        shards = self.mixture.sources * math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * rows)
         threads = threads or (_FETCHING if self.mixture.is_remote else _CHECKING)
-        self._shelf: Shelf[Name, OpenShard] = Shelf(self._open, 2 * shards + 4, threads)
+        self._shelf: Shelf[Name, OpenShard] = Shelf(self._open, _KEPT * shards + 4, threads)
         self._lock = Lock()
 
     def batches(self, start: int = 0) -> Generator[Batch]:
-        """Batches from step `start` on, without end; closing the iterator ends its threads."""
+        """Batches from step `start` on, without end; closing the iterator ends what is read ahead."""
         pool = ThreadPoolExecutor(_GATHERING, thread_name_prefix="latent-loader")
         try:
             ahead = deque(pool.submit(self.batch, step) for step in range(start, start + READ_AHEAD))
@@ -148,10 +151,10 @@ class LatentLoader:
         return _column([(group, group.shard.keys) for group in groups], self.plan.batch_size)
 
     def identity(self) -> dict[str, Any]:
-        """What the order of the samples depends on, beside the step."""
+        """What the batches depend on, beside the step."""
         snapshots = [dataset.snapshot.digest for dataset in self.mixture.datasets]
         order = {"seed": self.seed, "batch_size": self.plan.batch_size, "lanes": self.plan.lanes}
-        return {**order, "snapshots": snapshots, "weights": self.mixture.weights}
+        return {**order, "snapshots": snapshots, "weights": self.mixture.weights, "plain_share": self.plain_share}
 
     def to_float(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) of a batch, on any device, as float32 in the convention of `space`."""
@@ -213,16 +216,16 @@ class LatentLoader:
         return self.dataset.one_shape() if bucket is None else shape_of(self.buckets[bucket])
 
     def _latents(self, groups: list[Group], views: NDArray[np.int64], shape: Shape) -> Tensor:
-        """The rows, in one copy, during which other threads run."""
+        """The rows, each copied once, during which other threads run."""
         space = self.dataset.latent_space
         width = stored_dtype(space).itemsize * math.prod(shape)
-        rows = [memoryview(b"")] * len(views)
+        rows = np.empty((len(views), width), np.uint8)
         for group in groups:
             data = group.shard.data
             offsets = group.shard.offsets[views[group.slots], group.rows]
             for slot, offset in zip(group.slots.tolist(), offsets.tolist(), strict=True):
                 rows[slot] = data[offset : offset + width]
-        latents = torch.frombuffer(bytearray().join(rows), dtype=_TORCH[space.dtype]).view(len(views), *shape)
+        latents = torch.from_numpy(rows).view(_TORCH[space.dtype]).view(len(views), *shape)
         return latents.pin_memory() if self._pinned else latents
 
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -254,6 +257,16 @@ def _column(columns: list[tuple[Group, NDArray[np.object_]]], count: int) -> lis
         values[group.slots] = column[group.rows]
     found: list[str] = values.tolist()
     return found
+
+
+def _require_share(batch_size: int, rank: int, world_size: int, lanes: int | None) -> None:
+    """Raise UsageError unless ranks and lanes share a batch evenly."""
+    if batch_size < 1 or batch_size % world_size:
+        raise UsageError(f"a batch of {batch_size} cannot be shared by {world_size} ranks; give a multiple of that")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"there is no rank {rank} of {world_size}; ranks count from 0")
+    if lanes is not None and (lanes < 1 or batch_size % lanes):
+        raise UsageError(f"a batch of {batch_size} cannot be drawn from {lanes} lanes; give a divisor of it")
 
 
 def samples_hash(seeds: Tensor) -> str:

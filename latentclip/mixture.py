@@ -31,7 +31,10 @@ class Mixture:
     """
 
     def __init__(self, datasets: Sequence[LatentDataset], weights: Sequence[float] | None = None) -> None:
-        self.datasets, self.weights = list(datasets), weights
+        if not datasets:
+            raise UsageError("a mixture is of at least one data set; give some")
+        self.datasets = list(datasets)
+        self.weights = None if weights is None else [float(weight) for weight in weights]
         self.dataset = self.datasets[0].dataset
         for other in self.datasets[1:]:
             if other.dataset.header() != self.dataset.header():
@@ -39,8 +42,8 @@ class Mixture:
                     f"{other.source} holds other latents than {self.datasets[0].source}; train on one of them, or "
                     "encode both in the same way"
                 )
-        if weights is not None and (len(weights) != len(self.datasets) or min(weights) <= 0):
-            raise UsageError(f"the weights {list(weights)} are not one positive number a data set; give one for each")
+        if self.weights is not None and (len(self.weights) != len(self.datasets) or min(self.weights) <= 0):
+            raise UsageError(f"the weights {self.weights} are not one positive number a data set; give one for each")
         if self.dataset.latent_shape is None and len(self.datasets) > 1:
             raise UsageError("data sets of aspect-ratio buckets cannot be mixed; train on one of them")
         for one in self.datasets:
@@ -59,6 +62,11 @@ class Mixture:
     def rows(self) -> int:
         """Of all data sets."""
         return sum(shard.rows for one in self.datasets for shard in one.shards)
+
+    @property
+    def sources(self) -> int:
+        """How many shards a lane reads at a time: one of each data set, or a few where buckets drift apart."""
+        return len(self.datasets) if self.dataset.latent_shape else 2
 
     @property
     def is_remote(self) -> bool:

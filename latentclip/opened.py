@@ -23,7 +23,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 class OpenShard:
     """Rows of one shard, in stored order."""
 
-    data: memoryview
+    data: NDArray[np.uint8]
     """The whole file; the kernel may drop its pages and read them again."""
     offsets: NDArray[np.int64]
     """(views, n) places of the latents in it."""
@@ -48,6 +48,8 @@ def open_shard(
     try:
         layout = read_layout(data, dataset.dataset, stored)
         header = upgrade(layout.header)
+    except MemoryError:
+        raise
     except Exception as error:  # parsers of broken bytes raise anything
         raise ShardCorrupt(f"{info.url} is no latent shard ({error}); encode its shard again") from error
     if header != dataset.dataset.header():
@@ -55,10 +57,15 @@ def open_shard(
         raise ShardCorrupt(f"{info.url} is not of its dataset.json: {difference}; encode its shard again")
     text = layout.tokens
     if tokenizer is not None and not stored:
-        text = tokenizer(layout.captions).numpy()
-    captions = layout.captions if tokenizer is None else []
-    keys, words = np.array(layout.keys, object), key_words(layout.keys)
-    return OpenShard(data, np.stack(layout.latents), keys, words, np.array(captions, object), text)
+        text = tokenizer(layout.captions).numpy().astype(np.int32)  # of half the size, for as long as it is open
+    return OpenShard(
+        data=np.frombuffer(data, np.uint8),
+        offsets=np.stack(layout.latents),
+        keys=np.array(layout.keys, object),
+        words=key_words(layout.keys),
+        captions=np.array(layout.captions if tokenizer is None else [], object),
+        text=text,
+    )
 
 
 def uses_stored_tokens(dataset: LatentDataset, tokenizer: Tokenizer | None) -> bool:

@@ -125,7 +125,7 @@ class SampleOrder:
     def _make_line(self, epoch: int) -> tuple[Positions, Positions]:
         """Shards in this epoch's order, and the place in the line at which each begins."""
         filled = np.flatnonzero(self.counts)
-        shards = filled[permutation(len(filled), self.seed, epoch)]
+        shards = filled[np.argsort(mix(self.seed, epoch, filled), kind="stable")]
         return shards, np.concatenate([[0], np.cumsum(self.counts[shards])[:-1]])
 
     def _permute_rows(self, epoch: int, shard: int) -> Positions:

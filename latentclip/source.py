@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import xxhash
 
+from latentclip.errors import UsageError
 from latentclip.fetch import fetch
 from latentclip.records import ShardCorrupt, ShardMissing
 from latentclip.storage import Buffer, is_remote, locate
@@ -46,6 +48,13 @@ def shard_bytes(info: ShardInfo, cache: Cache | None = None, verify: bool = True
         raise _missing(info.url) from None
     except ValueError:  # an empty file cannot be mapped
         data = memoryview(b"")
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise UsageError(
+            f"{info.url} cannot be opened, since this process has too many open files; raise `ulimit -n`, or read from "
+            "fewer lanes"
+        ) from None
     if verify:
         check_info(info, data)
     return data

@@ -54,7 +54,7 @@ def test_without_weights_sizes_decide() -> None:
 
 
 def test_a_weight_that_no_batch_can_show_is_a_sentence() -> None:
-    with pytest.raises(UsageError, match=r"leave no row in a batch of 16 .* larger --batch-size"):
+    with pytest.raises(UsageError, match=r"a batch of 16 takes 1 rows .* give a larger batch"):
         MixedPlan([[300], [100]], seed=1, batch_size=16, weights=[0.99, 0.01])
 
 

@@ -162,6 +162,20 @@ def test_a_mixture_keeps_its_shares(dataset: LatentDataset, tmp_path: Path) -> N
         assert sum(key in theirs for key in source.batch(step)["keys"]) == 3
 
 
+def test_a_mixture_opens_each_shard_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = []
+    for name in ("one", "two", "three"):
+        fill(tmp_path / name, shards=40, rows=12)
+        sources.append(LatentDataset(tmp_path / name))
+    opened: list[tuple[int, int, int]] = []
+    source = LatentLoader(Mixture(sources), batch_size=48, lanes=4)
+    real = source._shelf._open
+    monkeypatch.setattr(source._shelf, "_open", lambda name: opened.append(name) or real(name))
+    for step in range(3 * 40 * 12 // 48):
+        source.batch(step)
+    assert len(opened) <= 1.3 * 120  # one more for each lane's border, and those ahead
+
+
 def test_mixtures_of_different_latents_are_refused(dataset: LatentDataset, tmp_path: Path) -> None:
     fill(tmp_path)
     with pytest.raises(UsageError, match="holds other latents than"):
@@ -171,6 +185,24 @@ def test_mixtures_of_different_latents_are_refused(dataset: LatentDataset, tmp_p
 def test_weights_are_one_positive_number_each(dataset: LatentDataset) -> None:
     with pytest.raises(UsageError, match="not one positive number a data set"):
         Mixture([dataset], [0.5, 0.5])
+    with pytest.raises(UsageError, match="at least one data set"):
+        Mixture([])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"world_size": 5}, "a batch of 12 cannot be shared by 5 ranks"),
+        ({"batch_size": 0}, "a batch of 0 cannot be shared"),
+        ({"rank": 2, "world_size": 2}, "no rank 2 of 2; ranks count from 0"),
+        ({"lanes": 5}, "a batch of 12 cannot be drawn from 5 lanes; give a divisor"),
+    ],
+)
+def test_what_does_not_divide_a_batch_is_a_sentence(
+    dataset: LatentDataset, options: dict[str, int], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        loader(dataset, **options)
 
 
 def fill_like(dataset: LatentDataset, path: Path) -> None:

@@ -73,8 +73,8 @@ def test_the_order_is_that_of_earlier_versions() -> None:
     order = SampleOrder([5, 0, 9, 3], seed=7, batch_size=6)
     written = " ".join(f"{epoch}:{shard}.{row}" for epoch, shard, row in sequence(order, range(4)))
     assert written == (
-        "0:3.2 0:2.1 0:2.0 0:2.5 0:0.3 0:0.0 0:3.0 0:2.4 0:2.2 0:2.8 0:0.4 0:0.2 0:3.1 0:2.7 "
-        "0:2.3 0:2.6 0:0.1 1:0.1 1:0.3 1:3.1 1:2.0 1:2.7 1:2.2 1:0.0"
+        "0:2.1 0:2.0 0:2.5 0:3.2 0:0.3 0:0.0 0:2.4 0:2.2 0:2.8 0:3.0 0:0.4 0:0.2 "
+        "0:2.7 0:2.3 0:2.6 0:3.1 0:0.1 1:0.1 1:0.3 1:2.0 1:2.7 1:2.2 1:3.1 1:0.0"
     )
 
 
