@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latentclip.buffers import Buffers
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
@@ -116,7 +117,7 @@ class LatentLoader:
         self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.epoch_samples = epoch_samples or self.mixture.rows - self.mixture.rows_left_out(batch_size)
         self._cache, self._verify = cache, verify
-        self._pinned = pinned
+        self._buffers = Buffers(pinned)
         rows = self.mixture.rows_of_a_shard
         self._ahead = math.ceil(rows * self.plan.lanes / batch_size)  # steps in which a lane gets a shard further
         shards = self.mixture.sources * math.ceil(self.plan.lanes / world_size) + batch_size // (world_size * rows)
@@ -219,14 +220,14 @@ class LatentLoader:
         """The rows, each copied once, during which other threads run."""
         space = self.dataset.latent_space
         width = stored_dtype(space).itemsize * math.prod(shape)
-        rows = np.empty((len(views), width), np.uint8)
+        memory = self._buffers.take(len(views) * width)
+        rows = memory.numpy().reshape(len(views), width)
         for group in groups:
             data = group.shard.data
             offsets = group.shard.offsets[views[group.slots], group.rows]
             for slot, offset in zip(group.slots.tolist(), offsets.tolist(), strict=True):
                 rows[slot] = data[offset : offset + width]
-        latents = torch.from_numpy(rows).view(_TORCH[space.dtype]).view(len(views), *shape)
-        return latents.pin_memory() if self._pinned else latents
+        return memory.view(_TORCH[space.dtype]).view(len(views), *shape)
 
     def _views(self, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The view (n,) of samples with these seeds (n,)."""
