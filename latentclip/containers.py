@@ -95,10 +95,8 @@ def parse(
     `columns` chooses among `caption`, `tokens`, the views and the metadata (all by default); keys are always read.
     Latents of Parquet are views of Arrow's buffers. Raises whatever the parser raises for bytes that are no shard.
     """
-    file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else data
-    if container == "webdataset":
-        return _from_tar(file, columns)
-    return _from_parquet(pa.BufferReader(data) if isinstance(data, bytes | memoryview) else file, columns)
+    file = pa.BufferReader(data) if isinstance(data, bytes | memoryview) else data
+    return _from_tar(file, columns) if container == "webdataset" else _from_parquet(file, columns)
 
 
 def holds_latents(file: BinaryIO, container: str) -> bool:

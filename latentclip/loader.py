@@ -49,8 +49,6 @@ _CHECKING, _FETCHING = 2, 8
 """Threads that open local and remote shards."""
 _KEPT = 3
 """Times as many shards stay open as are in use: the next of each lane, and room for sizes that differ."""
-_GATHERING = 2
-"""Threads that copy rows into batches, a batch each."""
 
 
 class _RewrittenError(Exception):
@@ -127,7 +125,8 @@ class LatentLoader:
 
     def batches(self, start: int = 0) -> Generator[Batch]:
         """Batches from step `start` on, without end; closing the iterator ends what is read ahead."""
-        pool = ThreadPoolExecutor(_GATHERING, thread_name_prefix="latent-loader")
+        # One thread: two would wait for each other at every row that they copy, for Python's lock.
+        pool = ThreadPoolExecutor(1, thread_name_prefix="latent-loader")
         try:
             ahead = deque(pool.submit(self.batch, step) for step in range(start, start + READ_AHEAD))
             for step in itertools.count(start + READ_AHEAD):
