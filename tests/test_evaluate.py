@@ -77,7 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     config = resolve_config("Latent-ViT-tiny", space, grid)
     model = build_model(config, space, grid)
     tokenizer = load_tokenizer(config)
-    folder = root / "run/checkpoints/step_2"
+    folder = root / "run/checkpoints/step_00000002"
     save_checkpoint(folder, model=model, config=config, space=space, grid=grid, tokenizer=tokenizer)
     lines = [{"step": step, "loss": 2.0 - step, "learning_rate": 0.1, "logit_scale": 14.0} for step in (1, 1, 2)]
     (root / "run/samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
@@ -191,7 +191,7 @@ def test_images_of_one_caption_are_all_right() -> None:
 
 def test_latents_of_another_space(config: EvaluateConfig, tmp_path: Path) -> None:
     fill(tmp_path / "other", shards=1)
-    with pytest.raises(UsageError, match=r"other is of latent space test .* but the checkpoint .*step_2 is of demo"):
+    with pytest.raises(UsageError, match=r"other is of latent space test .* but the checkpoint .*step_00000002 is of demo"):
         evaluate.run(replace(config, latents=(str(tmp_path / "other"),)))
     assert not Path(config.out).exists()
 

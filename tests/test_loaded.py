@@ -32,7 +32,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Codec:
 
 @pytest.fixture(scope="module")
 def clip(codec: Codec, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step_3"
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step_00000003"
     config = resolve_config("Latent-ViT-tiny", codec.space, 4)
     model = build_model(config, codec.space, 4)
     tokenizer = load_tokenizer(config)
@@ -77,7 +77,7 @@ def test_latents_of_another_scale_are_converted(clip: Loaded, codec: Codec, late
 
 
 def test_latents_of_another_space_or_shape_are_refused(clip: Loaded, codec: Codec, latents: torch.Tensor) -> None:
-    with pytest.raises(UsageError, match="step_3"):
+    with pytest.raises(UsageError, match="step_00000003"):
         clip.encode_latents(latents, replace(codec.space, name="other", encoder_hash="f" * 16))
     for wrong in (latents[0], latents[:, :4], latents.permute(0, 2, 3, 1), latents.repeat(1, 1, 2, 2)):
         with pytest.raises(UsageError, match=r"reads \(b, 6, 4, 4\)"):

@@ -59,7 +59,7 @@ def demo_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = latentclip.load_codec().space
     config = resolve_config("Latent-ViT-tiny", space, 8)
     save_checkpoint(
-        tmp_path / "runs" / "demo" / "checkpoints" / "step_1",
+        tmp_path / "runs" / "demo" / "checkpoints" / "step_00000001",
         model=build_model(config, space, 8),
         config=config,
         space=space,
