@@ -21,11 +21,12 @@ def _row_ids(values: dict[str, Any]) -> dict[str, Any]:
 
     What a later generation of an older format kept of an earlier one is unknown, so that nothing is taken for the row
     that it was: to a training pinned before, such a rewritten shard has lost all its rows. Shapes of bucketed
-    latents stand in the shard alone, and `migrate` fills them in.
+    latents stand in the shard alone, and `migrate` fills them in. Without an XXH3, readers compare the SHA-256.
     """
     if "keys_sha256" not in values:
         return values
-    return {**values, "row_ids": lineage.fresh(values["generation"], values["counts"]["stored"]), "shapes": {}}
+    row_ids = lineage.fresh(values["generation"], values["counts"]["stored"])
+    return {**values, "row_ids": row_ids, "shapes": {}, "xxh3": ""}
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keys_by_filter, 2: _row_ids}

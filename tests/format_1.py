@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def fill_format_1(path: Path | str, shards: int = 2, rows: int = 4, **options: A
         values = unseal(folder.read(record.name), record.name)
         values = {name: values[name] for name in RECORD_FIELDS} | {"filtered_keys": [], "format_version": 1}
         folder.replace(record.name, seal(values))
-        records.append(record)
+        records.append(replace(record, xxh3=""))
     return folder, records
 
 
@@ -38,5 +39,5 @@ def to_format_2(folder: Folder) -> None:
     for name in folder.names():
         if name.endswith(RECORD_SUFFIX):
             values = unseal(folder.read(name), name)
-            kept = {key: value for key, value in values.items() if key not in ("row_ids", "shapes")}
+            kept = {key: value for key, value in values.items() if key not in ("row_ids", "shapes", "xxh3")}
             folder.replace(name, seal({**kept, "format_version": 2}))
