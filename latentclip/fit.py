@@ -44,13 +44,19 @@ from latentclip.training import (
 __all__ = ["Fit", "FitSettings", "Flat", "Place", "check_settings"]
 
 
+def say_aloud(line: str) -> None:
+    """Print a line at once, though the output may be a pipe."""
+    print(line, flush=True)
+
+
 class Fit:
     """One training run; `run` does it. Every rank makes its own, with the same dataset and settings.
 
     `stop` is asked on rank 0 after each step; once it is true, a checkpoint is written and `run` returns. `report`
-    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ... What rank 0 writes comes
-    out of `stage`, a claim of the run's folder (default: one made now, which ends every earlier writer). Remote shards
-    come through `cache`. A run that goes on is trained on the snapshot in its checkpoint.
+    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ...; `say` gets its lines for
+    the user: a checkpoint is passed over, a batch is skipped, workers are left over. What rank 0 writes comes out of
+    `stage`, a claim of the run's folder (default: one made now, which ends every earlier writer). Remote shards come
+    through `cache`. A run that goes on is trained on the snapshot in its checkpoint.
     """
 
     def __init__(
@@ -62,17 +68,18 @@ class Fit:
         *,
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, float]], None] = print,
+        say: Callable[[str], None] = say_aloud,
         stage: Path | None = None,
         cache: Cache | None = None,
     ) -> None:
         check_settings(dataset, settings)
         self.run_folder, self.settings = run, settings
-        self.stop, self.report = stop, report
-        self.team = Team(place or Place(), settings.batch_size)
+        self.stop, self.report, self.say = stop, report, say
+        self.team = Team(place or Place(), settings.batch_size, say)
         if not self.team.computes:
             return
         self.stage = stage or (claim(run) if self.team.leads else run)
-        self.training = newest_training(run, dataset, settings, self.team)
+        self.training = newest_training(run, dataset, settings, self.team, say)
         # Rank 0's, since a data set may grow while ranks list it one after the other.
         self.dataset = dataset.at(self.team.same(self.training.snapshot))
         self.loss = build_loss(settings.optimisation, self.team.rank, self.team.size, self.team.group)
@@ -233,7 +240,7 @@ class Fit:
         skips, settings = self.training.skips, self.settings
         batch = data_step(step, skips)
         del self.training  # before another model is built, so that memory need not hold two
-        back = newest_training(self.run_folder, self.dataset, settings, self.team)
+        back = newest_training(self.run_folder, self.dataset, settings, self.team, self.say)
         good = back.checkpoint or "the start, since there is no checkpoint yet"
         if len(skips) >= settings.max_skips:
             raise UsageError(
@@ -243,6 +250,6 @@ class Fit:
         if self.team.leads:
             require(self.stage)
             log_skip(self.run_folder, step=step, data_step=batch, reason=reason, keys=self.loader.keys(batch))
-            print(f"train: step {step}: {reason}; its batch is skipped, going on from {good}", flush=True)
+            self.say(f"train: step {step}: {reason}; its batch is skipped, going on from {good}")
         back.skips = tuple(sorted({*skips, *back.skips, batch}))
         self.training = back

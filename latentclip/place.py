@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -31,10 +32,11 @@ class Team:
     """The workers that share each batch: the first `size` of all, the most that divide it. Rank 0 always `leads`.
 
     Every worker makes its own, at the same time: where some are left over (`computes` is false) the others get a
-    process group of their own, so that those may end at once and nobody waits for them.
+    process group of their own, so that those may end at once and nobody waits for them. `say` then gets a line for the
+    user on rank 0.
     """
 
-    def __init__(self, place: Place, batch_size: int) -> None:
+    def __init__(self, place: Place, batch_size: int, say: Callable[[str], None]) -> None:
         workers = place.world_size
         self.rank, self.device = place.rank, place.device
         self.size = team_size(batch_size, workers)
@@ -43,7 +45,7 @@ class Team:
         if 1 < self.size < workers:
             self.group = torch.distributed.new_group(range(self.size))  # type: ignore[assignment]
         if self.size < workers and self.leads:
-            print(f"train: a batch of {batch_size} is shared by {self.size} of {workers} workers", flush=True)
+            say(f"train: a batch of {batch_size} is shared by {self.size} of {workers} workers")
 
     def share(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: its gradients are the mean over the workers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,15 @@ def data_step(step: int, skips: Iterable[int]) -> int:
     return step
 
 
-def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, team: Team) -> Training:
+def newest_training(
+    run: Path, dataset: LatentDataset, settings: FitSettings, team: Team, say: Callable[[str], None]
+) -> Training:
     """The training of a run as far as it has come, the same on every worker: rank 0 chooses the checkpoint.
 
-    A checkpoint that is damaged or does not load is passed over, with a line that says why. Raises UsageError if some
-    are whole and none of them is this training's: of other latents, another model or another seed.
+    A checkpoint that is damaged or does not load is passed over, and `say` gets a line with the reason. Raises
+    UsageError if some are whole and none of them is this training's: of other latents, another model or another seed.
     """
-    found = _newest(run, dataset, settings, team.device) if team.leads else None
+    found = _newest(run, dataset, settings, team.device, say) if team.leads else None
     step = int(team.broadcast(found.step if found else -1)[0])
     if found:
         return found
@@ -87,7 +89,9 @@ def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, te
     return restore(step_folder(run, step), dataset, settings, team.device)
 
 
-def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training | None:
+def _newest(
+    run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device, say: Callable[[str], None]
+) -> Training | None:
     unfit: UsageError | None = None
     for _, folder in checkpoint_folders(run):
         whole = False
@@ -96,7 +100,7 @@ def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: to
             whole = True
             return restore(folder, dataset, settings, device)
         except UsageError as error:
-            print(f"train: {folder.name} is passed over: {error}", flush=True)
+            say(f"train: {folder.name} is passed over: {error}")
             unfit = unfit or (error if whole else None)
     if unfit:
         raise unfit

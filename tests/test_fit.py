@@ -103,7 +103,11 @@ def test_a_damaged_checkpoint_is_passed_over(latents: LatentDataset, tmp_path: P
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(data)
-    assert fit(latents, tmp_path).step == 3
+    said: list[str] = []
+    assert Fit(latents, tmp_path, settings(), say=said.append).step == 3
+    (line,) = said
+    assert line.startswith("train: step_00000005 is passed over: ")
+    assert "model.safetensors has changed" in line
 
 
 def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> None:
