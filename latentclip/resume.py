@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from latentclip.checkpoint import (
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
+from latentclip.latent_space import LatentSpace
 from latentclip.model import Config, build_model, resolve_config
 from latentclip.place import Team
 from latentclip.snapshot import Snapshot, read_snapshot
@@ -70,6 +72,33 @@ def data_step(step: int, skips: Iterable[int]) -> int:
     for skipped in sorted(skips):
         step += skipped <= step
     return step
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a training has come, as its newest checkpoint says."""
+
+    checkpoint: Path
+    step: int
+    """Steps done."""
+    elapsed: float
+    """Seconds of training."""
+    space: LatentSpace
+    snapshot: Snapshot
+    """What it is trained on."""
+
+
+def reached(run: Path, settings: FitSettings) -> Reached | None:
+    """Where a run stands without building its model: by the newest checkpoint that is whole and says so soundly.
+
+    Weights and moments are not looked at, beyond their checksums. None if there is no such checkpoint.
+    """
+    for _, folder in checkpoint_folders(run):
+        with suppress(UsageError):
+            verify_checkpoint(folder)
+            state, (space, _) = _read_state(folder, settings), read_space(folder)
+            return Reached(folder, state["step"], state["elapsed"], space, read_snapshot(folder))
+    return None
 
 
 def newest_training(
