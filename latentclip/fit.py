@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from latentclip.augment import augment_latents
 from latentclip.checkpoint import delete_old, save_checkpoint, step_folder
-from latentclip.claim import claim, require
+from latentclip.claim import claim
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings, Flat, check_settings
@@ -126,7 +126,7 @@ class Fit:
         """Train from the state at hand on; raises NotFiniteError, and the weights are then not to be used."""
         trained = self.team.share(self.training.model)
         self.log = StepLog(self.run_folder, self.step, self.stage) if self.team.leads else None
-        metrics = {"step": float(self.step)}
+        metrics: dict[str, Any] = {"step": self.step}
         self.saved_step = self.step if self.training.checkpoint else None
         self.clock = self.saved_time = time.monotonic()
         try:
@@ -144,7 +144,7 @@ class Fit:
         finally:
             if self.log:
                 self.log.close()
-        return metrics
+        return {name: float(value) for name, value in metrics.items()}
 
     def _batches(self) -> Generator[Batch]:
         """The batches from the next step's on, without those that are skipped."""
@@ -163,7 +163,7 @@ class Fit:
             self.loss,
             self.training.optimiser,
             self._latents(batch),
-            batch["text"].to(team.device),
+            batch["text"].to(team.device, non_blocking=True),
             settings.optimisation,
             rate,
             team.all_true,
@@ -175,13 +175,13 @@ class Fit:
             line = {"step": self.step, "epoch": batch["epoch"], "position": position, "keys_hash": samples_hash(seeds)}
             self.log.add({**line, "learning_rate": rate, **metrics})
         self.training.step += 1
-        return {"step": float(self.step), **metrics}
+        return {"step": self.step, **metrics}
 
     def _latents(self, batch: Batch) -> Tensor:
         """What the model reads of a batch: (b, c, h, w) float32 on the device, augmented."""
         device = self.team.device
         latents = self.loader.to_float(batch["latents"].to(device, non_blocking=True))
-        latents = augment_latents(latents, batch["seeds"].to(device), self.settings.augmentation)
+        latents = augment_latents(latents, batch["seeds"].to(device, non_blocking=True), self.settings.augmentation)
         return latents.contiguous(memory_format=torch.channels_last)
 
     def _tick(self) -> tuple[bool, bool]:
@@ -248,8 +248,8 @@ class Fit:
                 f"(last good: {good}), lower the learning rate or look at the data, and train on"
             )
         if self.team.leads:
-            require(self.stage)
-            log_skip(self.run_folder, step=step, data_step=batch, reason=reason, keys=self.loader.keys(batch))
+            keys = self.loader.keys(batch)
+            log_skip(self.run_folder, self.stage, step=step, data_step=batch, reason=reason, keys=keys)
             self.say(f"train: step {step}: {reason}; its batch is skipped, going on from {good}")
         back.skips = tuple(sorted({*skips, *back.skips, batch}))
         self.training = back

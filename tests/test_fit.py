@@ -49,7 +49,8 @@ def fit(latents: LatentDataset, run: Path, **changes: Any) -> Fit:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(latents: LatentDataset, tmp_path: Path) -> None:
-    fit(latents, tmp_path / "whole").run()
+    metrics = fit(latents, tmp_path / "whole").run()
+    assert {name: type(value) for name, value in metrics.items()} == dict.fromkeys(metrics, float)
     for _ in range(8):  # stopped after every step, and begun again from its checkpoint
         one = Fit(latents, tmp_path / "parts", settings(), stop=lambda: True, report=lambda _: None)
         one.run()
