@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
 
+PATIENCE = timedelta(minutes=30)
+"""How long workers wait for one another: as in the process group that Ray Train makes, where NCCL's default is shorter."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -21,6 +25,7 @@ class Place:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """With its number, if it is a GPU."""
 
 
 def team_size(batch_size: int, workers: int) -> int:
@@ -43,7 +48,7 @@ class Team:
         self.leads, self.computes = self.rank == 0, self.rank < self.size
         self.group: torch.distributed.ProcessGroup | None = None
         if 1 < self.size < workers:
-            self.group = torch.distributed.new_group(range(self.size))  # type: ignore[assignment]
+            self.group = torch.distributed.new_group(range(self.size), timeout=PATIENCE)  # type: ignore[assignment]
         if self.size < workers and self.leads:
             say(f"train: a batch of {batch_size} is shared by {self.size} of {workers} workers")
 
@@ -97,4 +102,5 @@ class Team:
     def wait(self) -> None:
         """Return once every worker is here."""
         if self.size > 1:
-            torch.distributed.barrier(self.group)
+            devices = [self.device.index] if self.device.type == "cuda" else None  # which NCCL would guess
+            torch.distributed.barrier(self.group, device_ids=devices)
