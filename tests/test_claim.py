@@ -87,22 +87,18 @@ def test_of_claims_at_the_same_time_one_counts(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == [".writer"]
 
 
-def test_giving_a_claim_up_never_voids_a_later_one(tmp_path: Path) -> None:
-    start, later = threading.Barrier(2), []
+def test_giving_a_claim_up_never_voids_one_made_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, rename, later = claim(tmp_path), Path.rename, []
 
-    def take() -> None:
-        start.wait()
+    def taken_over(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
         later.append(claim(tmp_path))
+        return rename(path, target)
 
-    for _ in range(200):
-        first = claim(tmp_path)
-        thread = threading.Thread(target=take)
-        thread.start()
-        start.wait()
-        release(first)
-        thread.join()
-        require(later[-1])
-    release(later[-1])
+    monkeypatch.setattr(Path, "rename", taken_over)
+    release(first)
+    require(later[0])
+    release(later[0])
     assert list(tmp_path.iterdir()) == []
 
 

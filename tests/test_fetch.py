@@ -72,7 +72,7 @@ def test_other_file_systems_and_plain_servers(tmp_path: Path) -> None:
 
 
 FORKED = """
-import os
+import os, signal
 from latentclip.fetch import fetch
 from latentclip.storage import Folder
 Folder("memory://forked").replace("one", b"1234")
@@ -82,6 +82,8 @@ def read():
     assert parts == [b"1234"]
 read()
 child = os.fork()
+if not child:
+    signal.alarm(60)
 read()
 if child:
     assert os.waitpid(child, 0)[1] == 0
