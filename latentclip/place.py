@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(minutes=30)
-"""How long workers wait for one another: as in the process group that Ray Train makes, where NCCL's default is shorter."""
+"""How long workers wait for one another: as in the process group that Ray Train makes, and longer than NCCL does."""
 
 
 @dataclass(frozen=True)
