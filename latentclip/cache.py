@@ -166,7 +166,10 @@ class ShardCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.folder / ROOM_LOCK).open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
+                try:
+                    yield
+                finally:
+                    fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked meanwhile would keep it locked
 
     def _contents(self) -> tuple[list[tuple[int, int, Path]], int]:
         """When each shard was last used, its bytes and path; and the bytes used by all, those being fetched too."""

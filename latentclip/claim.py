@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from pathlib import Path
 from latentclip.errors import UsageError
 
 WRITER = ".writer"
+ABANDONED = 3600.0
+"""Seconds after which a claim that was never put in place is removed; putting it there takes milliseconds."""
 
 
 class ClaimLostError(UsageError):
@@ -44,15 +47,16 @@ def claim(folder: Path) -> Path:
         _put_in_place(fresh, writer)
     except FileNotFoundError as error:
         raise _lost(folder) from error
-    for void in folder.glob(f"{WRITER}-void-*"):  # of whoever was killed while removing one
-        shutil.rmtree(void, ignore_errors=True)
+    _clean(folder)
     return writer / name
 
 
 def release(stage: Path) -> None:
     """Give a claim up, with what is left in it; nothing happens if it was lost."""
-    if stage.is_dir():
-        _discard(stage.parent)
+    writer = stage.parent
+    _discard(stage, writer)  # by its own name: another claim's folder may be in the place of `writer` by now
+    with suppress(OSError):
+        writer.rmdir()  # which leaves another claim's, as it is not empty
 
 
 def publish(part: Path, final: Path) -> None:
@@ -75,7 +79,7 @@ def require(stage: Path) -> None:
 
 def _put_in_place(fresh: Path, writer: Path) -> None:
     while True:
-        _discard(writer)
+        _discard(writer, writer)
         try:
             fresh.rename(writer)
             return
@@ -84,12 +88,22 @@ def _put_in_place(fresh: Path, writer: Path) -> None:
                 raise
 
 
-def _discard(writer: Path) -> None:
-    """Void the claims in a `.writer` by one rename, then remove what they had prepared."""
+def _discard(claims: Path, writer: Path) -> None:
+    """Void `writer`, or one claim in it, by one rename to a name beside it, then remove what was prepared there."""
     void = writer.with_name(f"{WRITER}-void-{uuid.uuid4().hex[:12]}")
     with suppress(FileNotFoundError):
-        writer.rename(void)
+        claims.rename(void)
     shutil.rmtree(void, ignore_errors=True)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what those left who were killed while they claimed `folder`, or removed a claim of it."""
+    for void in folder.glob(f"{WRITER}-void-*"):
+        shutil.rmtree(void, ignore_errors=True)
+    for fresh in folder.glob(f"{WRITER}-new-*"):
+        with suppress(FileNotFoundError):  # it was put in place
+            if time.time() - fresh.stat().st_mtime > ABANDONED:
+                shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _lost(folder: Path) -> ClaimLostError:

@@ -8,6 +8,7 @@ forked processes; start the workers of a `DataLoader` over remote shards with `m
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -100,3 +101,6 @@ class _Requests:
 @cache
 def _requests() -> _Requests:
     return _Requests()
+
+
+os.register_at_fork(after_in_child=_requests.cache_clear)  # its threads are not there

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from latentclip.augment import augment_latents
 from latentclip.checkpoint import delete_old, save_checkpoint, step_folder
-from latentclip.claim import claim, require
+from latentclip.claim import claim
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings, Flat, check_settings
@@ -44,13 +44,19 @@ from latentclip.training import (
 __all__ = ["Fit", "FitSettings", "Flat", "Place", "check_settings"]
 
 
+def say_aloud(line: str) -> None:
+    """Print a line at once, though the output may be a pipe."""
+    print(line, flush=True)
+
+
 class Fit:
     """One training run; `run` does it. Every rank makes its own, with the same dataset and settings.
 
     `stop` is asked on rank 0 after each step; once it is true, a checkpoint is written and `run` returns. `report`
-    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ... What rank 0 writes comes
-    out of `stage`, a claim of the run's folder (default: one made now, which ends every earlier writer). Remote shards
-    come through `cache`. A run that goes on is trained on the snapshot in its checkpoint.
+    gets rank 0's metrics at each logged step: step, progress, loss, samples_per_second, ...; `say` gets its lines for
+    the user: a checkpoint is passed over, a batch is skipped, workers are left over. What rank 0 writes comes out of
+    `stage`, a claim of the run's folder (default: one made now, which ends every earlier writer). Remote shards come
+    through `cache`. A run that goes on is trained on the snapshot in its checkpoint.
     """
 
     def __init__(
@@ -62,17 +68,18 @@ class Fit:
         *,
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[dict[str, float]], None] = print,
+        say: Callable[[str], None] = say_aloud,
         stage: Path | None = None,
         cache: Cache | None = None,
     ) -> None:
         check_settings(dataset, settings)
         self.run_folder, self.settings = run, settings
-        self.stop, self.report = stop, report
-        self.team = Team(place or Place(), settings.batch_size)
+        self.stop, self.report, self.say = stop, report, say
+        self.team = Team(place or Place(), settings.batch_size, say)
         if not self.team.computes:
             return
         self.stage = stage or (claim(run) if self.team.leads else run)
-        self.training = newest_training(run, dataset, settings, self.team)
+        self.training = newest_training(run, dataset, settings, self.team, say)
         # Rank 0's, since a data set may grow while ranks list it one after the other.
         self.dataset = dataset.at(self.team.same(self.training.snapshot))
         self.loss = build_loss(settings.optimisation, self.team.rank, self.team.size, self.team.group)
@@ -119,7 +126,7 @@ class Fit:
         """Train from the state at hand on; raises NotFiniteError, and the weights are then not to be used."""
         trained = self.team.share(self.training.model)
         self.log = StepLog(self.run_folder, self.step, self.stage) if self.team.leads else None
-        metrics = {"step": float(self.step)}
+        metrics: dict[str, Any] = {"step": self.step}
         self.saved_step = self.step if self.training.checkpoint else None
         self.clock = self.saved_time = time.monotonic()
         try:
@@ -137,7 +144,7 @@ class Fit:
         finally:
             if self.log:
                 self.log.close()
-        return metrics
+        return {name: float(value) for name, value in metrics.items()}
 
     def _batches(self) -> Generator[Batch]:
         """The batches from the next step's on, without those that are skipped."""
@@ -156,7 +163,7 @@ class Fit:
             self.loss,
             self.training.optimiser,
             self._latents(batch),
-            batch["text"].to(team.device),
+            batch["text"].to(team.device, non_blocking=True),
             settings.optimisation,
             rate,
             team.all_true,
@@ -168,13 +175,13 @@ class Fit:
             line = {"step": self.step, "epoch": batch["epoch"], "position": position, "keys_hash": samples_hash(seeds)}
             self.log.add({**line, "learning_rate": rate, **metrics})
         self.training.step += 1
-        return {"step": float(self.step), **metrics}
+        return {"step": self.step, **metrics}
 
     def _latents(self, batch: Batch) -> Tensor:
         """What the model reads of a batch: (b, c, h, w) float32 on the device, augmented."""
         device = self.team.device
         latents = self.loader.to_float(batch["latents"].to(device, non_blocking=True))
-        latents = augment_latents(latents, batch["seeds"].to(device), self.settings.augmentation)
+        latents = augment_latents(latents, batch["seeds"].to(device, non_blocking=True), self.settings.augmentation)
         return latents.contiguous(memory_format=torch.channels_last)
 
     def _tick(self) -> tuple[bool, bool]:
@@ -233,7 +240,7 @@ class Fit:
         skips, settings = self.training.skips, self.settings
         batch = data_step(step, skips)
         del self.training  # before another model is built, so that memory need not hold two
-        back = newest_training(self.run_folder, self.dataset, settings, self.team)
+        back = newest_training(self.run_folder, self.dataset, settings, self.team, self.say)
         good = back.checkpoint or "the start, since there is no checkpoint yet"
         if len(skips) >= settings.max_skips:
             raise UsageError(
@@ -241,8 +248,8 @@ class Fit:
                 f"(last good: {good}), lower the learning rate or look at the data, and train on"
             )
         if self.team.leads:
-            require(self.stage)
-            log_skip(self.run_folder, step=step, data_step=batch, reason=reason, keys=self.loader.keys(batch))
-            print(f"train: step {step}: {reason}; its batch is skipped, going on from {good}", flush=True)
+            keys = self.loader.keys(batch)
+            log_skip(self.run_folder, self.stage, step=step, data_step=batch, reason=reason, keys=keys)
+            self.say(f"train: step {step}: {reason}; its batch is skipped, going on from {good}")
         back.skips = tuple(sorted({*skips, *back.skips, batch}))
         self.training = back

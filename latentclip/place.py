@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
 
+PATIENCE = timedelta(minutes=30)
+"""How long workers wait for one another: as in the process group that Ray Train makes, and longer than NCCL does."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -20,6 +25,7 @@ class Place:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """With its number, if it is a GPU."""
 
 
 def team_size(batch_size: int, workers: int) -> int:
@@ -31,19 +37,20 @@ class Team:
     """The workers that share each batch: the first `size` of all, the most that divide it. Rank 0 always `leads`.
 
     Every worker makes its own, at the same time: where some are left over (`computes` is false) the others get a
-    process group of their own, so that those may end at once and nobody waits for them.
+    process group of their own, so that those may end at once and nobody waits for them. `say` then gets a line for the
+    user on rank 0.
     """
 
-    def __init__(self, place: Place, batch_size: int) -> None:
+    def __init__(self, place: Place, batch_size: int, say: Callable[[str], None]) -> None:
         workers = place.world_size
         self.rank, self.device = place.rank, place.device
         self.size = team_size(batch_size, workers)
         self.leads, self.computes = self.rank == 0, self.rank < self.size
         self.group: torch.distributed.ProcessGroup | None = None
         if 1 < self.size < workers:
-            self.group = torch.distributed.new_group(range(self.size))  # type: ignore[assignment]
+            self.group = torch.distributed.new_group(range(self.size), timeout=PATIENCE)  # type: ignore[assignment]
         if self.size < workers and self.leads:
-            print(f"train: a batch of {batch_size} is shared by {self.size} of {workers} workers", flush=True)
+            say(f"train: a batch of {batch_size} is shared by {self.size} of {workers} workers")
 
     def share(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: its gradients are the mean over the workers."""
@@ -95,4 +102,5 @@ class Team:
     def wait(self) -> None:
         """Return once every worker is here."""
         if self.size > 1:
-            torch.distributed.barrier(self.group)
+            devices = [self.device.index] if self.device.type == "cuda" else None  # which NCCL would guess
+            torch.distributed.barrier(self.group, device_ids=devices)

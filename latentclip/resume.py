@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from latentclip.checkpoint import (
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
+from latentclip.latent_space import LatentSpace
 from latentclip.model import Config, build_model, resolve_config
 from latentclip.place import Team
 from latentclip.snapshot import Snapshot, read_snapshot
@@ -72,13 +74,42 @@ def data_step(step: int, skips: Iterable[int]) -> int:
     return step
 
 
-def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, team: Team) -> Training:
+@dataclass(frozen=True)
+class Reached:
+    """How far a training has come, as its newest checkpoint says."""
+
+    checkpoint: Path
+    step: int
+    """Steps done."""
+    elapsed: float
+    """Seconds of training."""
+    space: LatentSpace
+    snapshot: Snapshot
+    """What it is trained on."""
+
+
+def reached(run: Path, settings: FitSettings) -> Reached | None:
+    """Where a run stands without building its model: by the newest checkpoint that is whole and says so soundly.
+
+    Weights and moments are not looked at, beyond their checksums. None if there is no such checkpoint.
+    """
+    for _, folder in checkpoint_folders(run):
+        with suppress(UsageError):
+            verify_checkpoint(folder)
+            state, (space, _) = _read_state(folder, settings), read_space(folder)
+            return Reached(folder, state["step"], state["elapsed"], space, read_snapshot(folder))
+    return None
+
+
+def newest_training(
+    run: Path, dataset: LatentDataset, settings: FitSettings, team: Team, say: Callable[[str], None]
+) -> Training:
     """The training of a run as far as it has come, the same on every worker: rank 0 chooses the checkpoint.
 
-    A checkpoint that is damaged or does not load is passed over, with a line that says why. Raises UsageError if some
-    are whole and none of them is this training's: of other latents, another model or another seed.
+    A checkpoint that is damaged or does not load is passed over, and `say` gets a line with the reason. Raises
+    UsageError if some are whole and none of them is this training's: of other latents, another model or another seed.
     """
-    found = _newest(run, dataset, settings, team.device) if team.leads else None
+    found = _newest(run, dataset, settings, team.device, say) if team.leads else None
     step = int(team.broadcast(found.step if found else -1)[0])
     if found:
         return found
@@ -87,7 +118,9 @@ def newest_training(run: Path, dataset: LatentDataset, settings: FitSettings, te
     return restore(step_folder(run, step), dataset, settings, team.device)
 
 
-def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device) -> Training | None:
+def _newest(
+    run: Path, dataset: LatentDataset, settings: FitSettings, device: torch.device, say: Callable[[str], None]
+) -> Training | None:
     unfit: UsageError | None = None
     for _, folder in checkpoint_folders(run):
         whole = False
@@ -96,7 +129,7 @@ def _newest(run: Path, dataset: LatentDataset, settings: FitSettings, device: to
             whole = True
             return restore(folder, dataset, settings, device)
         except UsageError as error:
-            print(f"train: {folder.name} is passed over: {error}", flush=True)
+            say(f"train: {folder.name} is passed over: {error}")
             unfit = unfit or (error if whole else None)
     if unfit:
         raise unfit

@@ -22,16 +22,25 @@ class StepLog:
     """The log of a run from `step` on; what a training that was interrupted or went back wrote of later ones goes.
 
     It is a new file each time, out of `stage`, a claim of the run: an earlier writer goes on in a file without a name.
+    Raises UsageError if the disk is full, and ClaimLostError if the claim was lost.
     """
 
     def __init__(self, run: Path, step: int, stage: Path) -> None:
         self.path, self.stage = run / "samples.jsonl", stage
         self.waiting: list[dict[str, Any]] = []
         kept = _lines_before(step, self.path)
-        self.file = (stage / self.path.name).open("w")
-        self._write(kept)
-        publish(stage / self.path.name, self.path)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        with _named(self.path, stage):
+            self.file = (stage / self.path.name).open("w")
+        try:
+            self._write(kept)
+            with _named(self.path, stage):
+                publish(stage / self.path.name, self.path)
+            self.shown = run / "tensorboard"
+            with _named(self.shown, stage):
+                self.board = SummaryWriter(str(self.shown), purge_step=step)
+        except UsageError:
+            self._close_file()
+            raise
 
     def add(self, line: dict[str, Any]) -> None:
         """Note a step; its values may be scalars on a device, which nothing waits for before `write`."""
@@ -49,37 +58,47 @@ class StepLog:
         require(self.stage)
         self._write(json.dumps(line) + "\n" for line in lines)
         scalars = {name: float(lines[-1][name]) for name in SCALARS}
-        for name, value in {**scalars, "samples_per_second": rate}.items():
-            self.board.add_scalar(name, value, lines[-1]["step"] + 1)
+        with _named(self.shown, self.stage):
+            for name, value in {**scalars, "samples_per_second": rate}.items():
+                self.board.add_scalar(name, value, lines[-1]["step"] + 1)
         return scalars
 
     def _write(self, lines: Iterable[str]) -> None:
-        with _named(self.path):
+        with _named(self.path, self.stage):
             self.file.writelines(lines)
             self.file.flush()
 
     def close(self) -> None:
         """End it; what was noted and not written is dropped."""
-        self.board.close()
-        with suppress(OSError):  # of a full disk, which `write` has named
+        with suppress(OSError):  # of a full disk; it must not hide what ends the training
+            self.board.close()
+        self._close_file()
+
+    def _close_file(self) -> None:
+        with suppress(OSError):  # of a full disk, which `_write` has named
             self.file.close()
 
 
-def log_skip(run: Path, *, step: int, data_step: int, reason: str, keys: list[str]) -> None:
-    """Add a batch that is skipped, with the keys in it, to skips.jsonl; raises UsageError if the disk is full."""
-    line = {"step": step, "data_step": data_step, "reason": reason, "keys": keys}
-    run.mkdir(parents=True, exist_ok=True)
+def log_skip(run: Path, stage: Path, *, step: int, data_step: int, reason: str, keys: list[str]) -> None:
+    """Add a batch that is skipped, with the keys in it, to skips.jsonl.
+
+    Raises UsageError if the disk is full, and ClaimLostError if `stage`, a claim of the run, was lost.
+    """
+    require(stage)
+    line = json.dumps({"step": step, "data_step": data_step, "reason": reason, "keys": keys})
     path = run / "skips.jsonl"
-    with _named(path), path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with _named(path, stage), path.open("a+") as file:
+        torn = file.tell() and not path.read_bytes().endswith(b"\n")  # by a writer that was killed
+        file.write("\n" * torn + line + "\n")
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Make a full disk an error that names the log."""
+def _named(path: Path, stage: Path) -> Iterator[None]:
+    """Make a full disk an error that names the log, and a missing folder one that names the run, if its claim is."""
     try:
         yield
     except OSError as error:
+        require(stage)
         raise UsageError(f"the log {path} cannot be written ({error}); free space, and run it again") from error
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import ray
 
-from latentclip.checkpoint import newest_good, read_json, read_space
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import check_settings
@@ -28,7 +27,7 @@ from latentclip.model import build_model, resolve_config
 from latentclip.opened import token_notices
 from latentclip.pinning import notices
 from latentclip.records import differences
-from latentclip.snapshot import read_snapshot
+from latentclip.resume import reached
 from latentclip.storage import Folder
 from latentclip.text import load_tokenizer
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
@@ -61,10 +60,9 @@ def check_run(config: TrainConfig) -> None:
 def describe(config: TrainConfig) -> str:
     """What would be trained on what, for the first lines and for `--dry-run`. Raises UsageError for wrong input."""
     dataset = LatentDataset(config.latents)
-    if checkpoint := newest_good(Path(config.run)):
-        theirs, _ = read_space(checkpoint)
-        dataset.space.require_same_encoder(theirs, mine=dataset.source, theirs=f"the run {checkpoint}")
-        dataset = dataset.at(read_snapshot(checkpoint))
+    if before := reached(Path(config.run), config.settings):
+        dataset.space.require_same_encoder(before.space, mine=dataset.source, theirs=f"the run {before.checkpoint}")
+        dataset = dataset.at(before.snapshot)
     check_settings(dataset, config.settings)
     grid = dataset.dataset.grid
     model_config = resolve_config(config.settings.model, dataset.space, grid)
@@ -106,14 +104,14 @@ def run(config: TrainConfig) -> bool:
 
 def is_finished(config: TrainConfig) -> bool:
     """Whether the run has its last checkpoint, so that there is nothing to do."""
-    good, settings = newest_good(Path(config.run)), config.settings
-    if good is None:
+    settings = config.settings
+    last = reached(Path(config.run), settings)
+    if last is None:
         return False
-    state = read_json(good, "state.json")
     if settings.steps is not None:
-        return bool(state["step"] >= settings.steps)
+        return last.step >= settings.steps
     assert settings.max_minutes is not None
-    return bool(state["elapsed"] >= 60 * settings.max_minutes)
+    return last.elapsed >= 60 * settings.max_minutes
 
 
 def check_workers(config: TrainConfig) -> None:
@@ -130,8 +128,8 @@ def check_workers(config: TrainConfig) -> None:
 
 def finished_steps(config: TrainConfig) -> int:
     """Steps that the run has behind it."""
-    good = newest_good(Path(config.run))
-    return int(read_json(good, "state.json")["step"]) if good else 0
+    last = reached(Path(config.run), config.settings)
+    return last.step if last else 0
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -146,6 +146,16 @@ def named_twice(folder: Path) -> None:
     content(STATE, text.encode())(folder)
 
 
+def lacking(name: str) -> Spoil:
+    """Without a file, and a commit that does not name it."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        commit_again(folder)
+
+    return spoil
+
+
 def older_content(folder: Path) -> None:
     shutil.rmtree(folder)
     shutil.copytree(folder.with_name("step_00000004"), folder)
@@ -214,6 +224,9 @@ PASSED_OVER: dict[str, Spoil] = {
     "a state that is no JSON": content(STATE, b"step: 6"),
     "a state of deep brackets": content(STATE, b"[" * 200_000),
     "a state that names its step twice": named_twice,
+    "a state of a later step": state(step=99),
+    "no state": lacking(STATE),
+    "no snapshot": lacking("snapshot.json"),
     "another model": values("model.json", lambda before: before | {"embed_dim": 32}),
     "a model that is no config": content("model.json", b"{}"),
     "another latent space": values(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -98,6 +100,28 @@ def test_what_is_being_fetched_makes_no_room_and_what_was_does(bucket: str, tmp_
         assert files(tmp_path) == {part.name}
     ShardCache(tmp_path, 1.5e-6).open(b)
     assert files(tmp_path) == {b.sha256}
+
+
+FORKED = """
+import fcntl, os, signal, sys
+from pathlib import Path
+from latentclip.cache import ROOM_LOCK, ShardCache
+folder = Path(sys.argv[1])
+with ShardCache(folder, 1)._room():
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        signal.pause()
+try:
+    with (folder / ROOM_LOCK).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+finally:
+    os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_a_child_forked_while_room_is_made_locks_nobody_out(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)], check=True, timeout=120)
 
 
 def test_files_of_others_are_left_alone(bucket: str, tmp_path: Path) -> None:

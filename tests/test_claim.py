@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from chaos import ROOT, wait_until
 from latent_samples import fill
 
 from latentclip.checkpoint import newest_good
-from latentclip.claim import ClaimLostError, claim, publish, release, require
+from latentclip.claim import ABANDONED, ClaimLostError, claim, publish, release, require
 from latentclip.dataset import LatentDataset
 from latentclip.fit import Fit, FitSettings
 
@@ -83,6 +85,31 @@ def test_of_claims_at_the_same_time_one_counts(tmp_path: Path) -> None:
             thread.join()
         assert sum(path.is_dir() for path in claims) == 1
         assert [path.name for path in tmp_path.iterdir()] == [".writer"]
+
+
+def test_giving_a_claim_up_never_voids_one_made_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, rename, later = claim(tmp_path), Path.rename, []
+
+    def taken_over(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        later.append(claim(tmp_path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", taken_over)
+    release(first)
+    require(later[0])
+    release(later[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_claimer_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    old, young = tmp_path / ".writer-new-old", tmp_path / ".writer-new-young"
+    for folder in (old, young):
+        (folder / "name").mkdir(parents=True)
+    hours_ago = time.time() - 2 * ABANDONED
+    os.utime(old, (hours_ago, hours_ago))
+    claim(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, ".writer"}
 
 
 def test_a_writer_that_slept_through_a_takeover_changes_nothing(tmp_path: Path) -> None:

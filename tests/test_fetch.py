@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import http.server
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,6 +69,29 @@ def test_other_file_systems_and_plain_servers(tmp_path: Path) -> None:
         finally:
             plain.shutdown()
             thread.join()
+
+
+FORKED = """
+import os, signal
+from latentclip.fetch import fetch
+from latentclip.storage import Folder
+Folder("memory://forked").replace("one", b"1234")
+def read():
+    parts = []
+    fetch("memory://forked/one", 4, lambda start, part: parts.append(bytes(part)))
+    assert parts == [b"1234"]
+read()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+read()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

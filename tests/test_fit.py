@@ -49,7 +49,8 @@ def fit(latents: LatentDataset, run: Path, **changes: Any) -> Fit:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(latents: LatentDataset, tmp_path: Path) -> None:
-    fit(latents, tmp_path / "whole").run()
+    metrics = fit(latents, tmp_path / "whole").run()
+    assert {name: type(value) for name, value in metrics.items()} == dict.fromkeys(metrics, float)
     for _ in range(8):  # stopped after every step, and begun again from its checkpoint
         one = Fit(latents, tmp_path / "parts", settings(), stop=lambda: True, report=lambda _: None)
         one.run()
@@ -103,7 +104,11 @@ def test_a_damaged_checkpoint_is_passed_over(latents: LatentDataset, tmp_path: P
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(data)
-    assert fit(latents, tmp_path).step == 3
+    said: list[str] = []
+    assert Fit(latents, tmp_path, settings(), say=said.append).step == 3
+    (line,) = said
+    assert line.startswith("train: step_00000005 is passed over: ")
+    assert "model.safetensors has changed" in line
 
 
 def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> None:

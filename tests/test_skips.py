@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import BATCH, STEPS, fit, lines, small_latents, spoil_latents
+from fits import BATCH, STEPS, fit, lines, settings, small_latents, spoil_latents
 
 from latentclip.checkpoint import newest_good, read_json
 from latentclip.dataset import LatentDataset
@@ -88,12 +88,15 @@ def test_the_batch_is_skipped_and_nothing_else_changes(
 ) -> None:
     if checkpoint:
         fit(latents, tmp_path, until=checkpoint).run()
-    made = fit(latents, tmp_path)
+    said: list[str] = []
+    made = Fit(latents, tmp_path, settings(), report=lambda _: None, say=said.append)
     WAYS[what](made, 5)
     made.run()
     (skip,) = lines(tmp_path, "skips.jsonl")
     assert (skip["step"], skip["data_step"], skip["reason"]) == (5, 5, f"{what} not finite")
     assert skip["keys"] == made.loader.keys(5)
+    (line,) = said
+    assert line.startswith(f"train: step 5: {what} not finite; its batch is skipped, going on from ")
     assert lines(tmp_path) == without_batch_5
     assert [line["position"] for line in without_batch_5] == [BATCH * data_step(step, [5]) for step in range(STEPS)]
     good = newest_good(tmp_path)

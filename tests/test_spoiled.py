@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fits import fit, lines, small_latents
+from fits import fit, lines, settings, small_latents
 from spoiled import HARMLESS, PASSED_OVER
 
 from latentclip.dataset import LatentDataset
+from pipelines import train
+from pipelines.configs import TrainConfig
 
 STEPS = 7
 """Of the whole run; there are checkpoints at 2, 4 and 6."""
@@ -55,3 +57,18 @@ def test_training_goes_on_from_the_newest_good_one(
     assert lines(run) == undisturbed
     assert fit(latents, run, steps=STEPS).step == STEPS
     shutil.rmtree(run)  # pytest would keep it
+
+
+@pytest.mark.parametrize("way", ["a state without a step", "a state of a later step", "no state", "no snapshot"])
+def test_the_program_passes_over_what_the_training_does(
+    latents: LatentDataset, before: Path, tmp_path: Path, way: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(before, run)
+    config = TrainConfig(latents.source, str(run), settings(steps=6))
+    assert train.is_finished(config)
+    PASSED_OVER[way](run / "checkpoints" / "step_00000006")
+    assert train.finished_steps(config) == 4
+    assert not train.is_finished(config)
+    assert "on 48 pairs in 3 shards" in train.describe(config)
+    shutil.rmtree(run)

@@ -111,8 +111,9 @@ def test_the_most_workers_that_divide_a_batch_share_it(batch: int, workers: int,
     assert team_size(batch, workers) == size
 
 
-def test_a_line_says_that_workers_are_left_over(capsys: pytest.CaptureFixture[str]) -> None:
-    team = Team(Place(0, 5), batch_size=7)
+def test_a_line_says_that_workers_are_left_over() -> None:
+    said: list[str] = []
+    team = Team(Place(0, 5), 7, said.append)
     assert (team.size, team.computes, team.leads) == (1, True, True)
-    assert not Team(Place(1, 5), batch_size=7).computes
-    assert capsys.readouterr().out == "train: a batch of 7 is shared by 1 of 5 workers\n"
+    assert not Team(Place(1, 5), 7, said.append).computes
+    assert said == ["train: a batch of 7 is shared by 1 of 5 workers"]

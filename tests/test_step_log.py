@@ -1,0 +1,84 @@
+"""The logs of a run where the disk is full, the claim was lost, or a writer was killed in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from latentclip.claim import ClaimLostError, claim
+from latentclip.errors import UsageError
+from latentclip.step_log import StepLog, log_skip
+
+STEP = {"step": 0, "loss": 2.5, "learning_rate": 0.1, "logit_scale": 10.0, "gradient_norm": 1.0}
+
+# TensorBoard's writer is a thread, whose own error no caller can catch.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Let no file of this process grow, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def skip(run: Path, stage: Path, step: int) -> None:
+    log_skip(run, stage, step=step, data_step=step, reason="the loss is not finite", keys=["a", "b"])
+
+
+def test_a_full_disk_is_a_sentence_and_closing_hides_nothing(tmp_path: Path) -> None:
+    stage = claim(tmp_path)
+    log = StepLog(tmp_path, 0, stage)
+    log.add(STEP)
+    assert log.write(1.0)["loss"] == 2.5
+    log.add(STEP)
+    with no_room():
+        with pytest.raises(UsageError, match=f"the log {tmp_path / 'samples.jsonl'} cannot be written .*; free space"):
+            log.write(1.0)
+        log.close()
+        with pytest.raises(UsageError, match=f"the log {tmp_path / 'samples.jsonl'} cannot be written"):
+            StepLog(tmp_path, 1, stage)
+        with pytest.raises(UsageError, match=f"the log {tmp_path / 'skips.jsonl'} cannot be written"):
+            skip(tmp_path, stage, 3)
+
+
+def test_a_disk_too_full_for_tensorboard_is_a_sentence(tmp_path: Path) -> None:
+    stage = claim(tmp_path)
+    with no_room(), pytest.raises(UsageError, match=f"the log {tmp_path / 'tensorboard'} cannot be written"):
+        StepLog(tmp_path, 0, stage)
+
+
+def test_a_lost_claim_is_named_as_such(tmp_path: Path) -> None:
+    lost = claim(tmp_path)
+    log = StepLog(tmp_path, 0, lost)
+    claim(tmp_path)
+    log.add(STEP)
+    with pytest.raises(ClaimLostError, match="another training has taken over"):
+        log.write(1.0)
+    log.close()
+    with pytest.raises(ClaimLostError, match="another training has taken over"):
+        StepLog(tmp_path, 0, lost)
+    with pytest.raises(ClaimLostError, match="another training has taken over"):
+        skip(tmp_path, lost, 3)
+    assert not (tmp_path / "skips.jsonl").exists()
+
+
+def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:
+    stage, path = claim(tmp_path), tmp_path / "skips.jsonl"
+    skip(tmp_path, stage, 3)
+    with path.open("a") as file:
+        file.write('{"step": 4, "data')
+    for step in (5, 6):
+        skip(tmp_path, stage, step)
+    first, torn, *others = path.read_text().splitlines()
+    assert torn == '{"step": 4, "data'
+    assert [json.loads(line)["step"] for line in (first, *others)] == [3, 5, 6]
