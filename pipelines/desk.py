@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import time
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-@dataclass
+@dataclass(frozen=True)
 class Note:
     """What lies on the desk."""
 
     workers: int = 0
     """Workers of the newest attempt; 0 until one was up."""
+    silent: float = math.inf
+    """Seconds since its rank 0 last showed that it is up."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Rank 0's newest."""
+    lines: tuple[str, ...] = ()
+    """What the workers had to say to the user, over all attempts."""
     stop: bool = False
     """Whether rank 0 is asked to write a checkpoint and end."""
     preempted: bool = False
@@ -28,15 +34,24 @@ class Desk:
     """Where the program and rank 0 leave each other notes."""
 
     def __init__(self) -> None:
-        self.note = Note()
+        self.note, self.seen = Note(), -math.inf
 
     def read(self) -> Note:
         """Everything."""
-        return self.note
+        return replace(self.note, silent=time.monotonic() - self.seen)
 
     def write(self, **values: Any) -> None:
         """Change fields of the note."""
-        self.note = Note(**{**vars(self.note), **values})
+        self.note = replace(self.note, **values)
+
+    def say(self, line: str) -> None:
+        """Add a line for the user."""
+        self.write(lines=(*self.note.lines, line))
+
+    def show_up(self, workers: int) -> None:
+        """Note that rank 0 of so many workers is up."""
+        self.write(workers=workers)
+        self.seen = time.monotonic()
 
 
 def put_up_desk() -> Any:

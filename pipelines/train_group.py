@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,11 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray._private.state import available_resources_per_node  # the public functions have the sum over all nodes only
 from ray.train import UserCallback
 from tqdm import tqdm
 
-from latentclip.claim import claim, release
+from latentclip.claim import claim, release, require
 from latentclip.errors import UsageError
 from pipelines.configs import TrainConfig
 from pipelines.credentials import Sealed
@@ -41,7 +42,6 @@ RAY_TRAIN = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
 """Ray Train's settings, where the user has not set them. Its defaults notice a worker that hangs after 10 minutes, a
 preemption after 5 s, and a lost node after a minute of waiting for it."""
@@ -52,6 +52,16 @@ REQUEST = "request"
 GROW_SECONDS = 25.0
 """Seconds for which more workers must have had room before the training is interrupted for them. Ray Train counts nodes
 anew every 20 s, and would start as many as before."""
+
+REPLACED_SECONDS = 5.0
+"""Seconds of silence after which workers count as lost, and the places they left as taken by those that follow."""
+
+GONE_SECONDS = 60.0
+"""Seconds of silence after which a signal no longer waits for the workers' checkpoint. Long, since what writes it may
+hold up the thread that shows that rank 0 is up."""
+
+SECOND_SIGNAL_SECONDS = 1.0
+"""Seconds from which on a second signal is meant: what sends one to a process and to its group sends it twice."""
 
 
 class NoRetry(UserCallback):
@@ -66,21 +76,19 @@ class NoRetry(UserCallback):
 
 @dataclass
 class Room:
-    """Whether more workers have room than run."""
+    """Since when there has been room for more workers."""
 
-    kind: str
-    """Resource that a worker needs one of."""
     since: float = math.inf
 
-    def for_more(self, workers: int, most: int) -> bool:
-        """Whether there has been room for more than `workers`, up to `most`, for long enough."""
-        now = time.monotonic()
-        free = ray.available_resources().get(self.kind, 0) if workers else 0
-        if free < 1 or workers >= most:
-            self.since = math.inf
-        else:
-            self.since = min(self.since, now)
+    def for_more(self, places: int, now: float) -> bool:
+        """Whether there have been free places for long enough, `now` (seconds) that there are so many."""
+        self.since = min(self.since, now) if places else math.inf
         return now - self.since > GROW_SECONDS
+
+
+def free_places(nodes: Iterable[Mapping[str, float]], kind: str) -> int:
+    """Workers that nodes with these free resources have room for, each with one of `kind` and on one node."""
+    return sum(int(free.get(kind, 0)) for free in nodes)
 
 
 @dataclass
@@ -105,7 +113,7 @@ class Group:
         layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
         with (
             _claimed(Path(self.config.run)) as self.claim,
-            _scratch(Path(self.config.run) / ".ray") as scratch,
+            _scratch(Path(self.config.run) / ".ray", self.claim) as scratch,
             _set_by_signals(self.asked),
             tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar,
         ):
@@ -121,6 +129,7 @@ class Group:
 
     def _fit(self, scratch: Path, bar: tqdm[Any]) -> None:
         """Run workers until they end, and raise what ended them."""
+        require(self.claim)  # else what follows would be written over a later command's
         desk = put_up_desk()
         trainer = self._trainer(desk, scratch)
         scratch.mkdir(exist_ok=True)
@@ -146,20 +155,17 @@ class Group:
 
     def _trainer(self, desk: Any, scratch: Path) -> Any:
         config = self.config
-        gpus = self.kind == "GPU"
-        threads = config.threads or max(1, (os.cpu_count() or 1) // (1 if gpus else config.workers))
         workers = (config.min_workers, config.workers) if config.min_workers else config.workers
         return TRAIN.torch.TorchTrainer(
             worker,
             train_loop_config={
                 "config": config,
-                "threads": threads,
                 "desk": desk,
                 "claim": self.claim,
                 "credentials": Sealed(os.environ),
             },
             scaling_config=TRAIN.ScalingConfig(
-                num_workers=workers, use_gpu=gpus, elastic_resize_monitor_interval_s=math.inf
+                num_workers=workers, use_gpu=self.kind == "GPU", elastic_resize_monitor_interval_s=math.inf
             ),
             # Ray keeps nothing of ours: checkpoints are the run's own.
             run_config=TRAIN.RunConfig(
@@ -172,23 +178,34 @@ class Group:
     def _watch(self, desk: Any, thread: threading.Thread, bar: tqdm[Any]) -> None:
         """Show progress until the thread ends; asks the workers to end on a signal, or when more of them have room.
 
-        Raises KeyboardInterrupt if no worker is up by then: there is nothing to save, and nobody to be told.
+        Raises KeyboardInterrupt on a signal if no worker is up: there is nothing to save, and nobody to be told.
         """
-        told, room = False, Room(self.kind)
-        while thread.is_alive():
+        told, shown, running, room = False, 0, True, Room()
+        while running:
             thread.join(timeout=0.5)
+            running = thread.is_alive()
             note: Note = ray.get(desk.read.remote())
-            grow = bool(self.config.min_workers) and room.for_more(note.workers, self.config.workers)
-            if (self.asked.is_set() or grow) and not told:
-                if not note.workers:
-                    raise KeyboardInterrupt
-                bar.write(f"train: {'adding workers' if grow else 'stopping'}, the workers write a checkpoint")
-                desk.write.remote(stop=True)
-                told = True
+            for line in note.lines[shown:]:
+                bar.write(line)
+            shown = len(note.lines)
             if metrics := note.metrics:
                 text = "step {step:.0f}  loss {loss:.4f}  scale {logit_scale:.1f}  {samples_per_second:,.0f} samples/s"
                 bar.set_postfix_str(text.format(**metrics), refresh=False)
                 bar.update(100 * metrics["progress"] - bar.n)
+            if running and self.asked.is_set() and note.silent > GONE_SECONDS:
+                raise KeyboardInterrupt
+            grow = room.for_more(self._places(note), time.monotonic())
+            if (self.asked.is_set() or grow) and not told:
+                bar.write(f"train: {'adding workers' if grow else 'stopping'}, the workers write a checkpoint")
+                desk.write.remote(stop=True)
+                told = True
+
+    def _places(self, note: Note) -> int:
+        """Free places for more workers; none where none are wanted, or while lost ones are replaced."""
+        config = self.config
+        if not config.min_workers or note.workers >= config.workers or note.silent > REPLACED_SECONDS:
+            return 0
+        return free_places(available_resources_per_node().values(), self.kind)
 
 
 @contextmanager
@@ -202,8 +219,10 @@ def _claimed(run: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def _scratch(folder: Path, stage: Path) -> Iterator[Path]:
     """A folder that is removed before and after; on the run's disk, since all nodes must see it.
+
+    It is left where the claim `stage` was lost, to whoever claimed the run since and uses it now.
 
     If a killed program left it, its request for workers is withdrawn, for which Ray keeps their places for 3 minutes.
     """
@@ -215,13 +234,27 @@ def _scratch(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if stage.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _set_by_signals(event: threading.Event) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into an event, so that the workers can write a checkpoint before they end."""
-    before = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Turn SIGINT and SIGTERM into an event, so that the workers can write a checkpoint before they end.
+
+    A second one raises KeyboardInterrupt: they are not waited for.
+    """
+    first = math.inf
+
+    def handle(*_: object) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if now - first > SECOND_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+        first = min(first, now)
+        event.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -7,7 +7,9 @@ theirs is about to be taken away.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,14 @@ from latentclip.cache import ShardCache, default_folder
 from latentclip.claim import claim
 from latentclip.dataset import LatentDataset
 from latentclip.fit import Fit, Place
+from latentclip.storage import is_remote
 from pipelines.configs import TrainConfig
 
 NOTICE_SECONDS = 1.0
 """Seconds between questions after a notice of preemption."""
+
+PULSE_SECONDS = 1.0
+"""Seconds between the signs that rank 0 is up."""
 
 
 class Preemption(threading.Thread):
@@ -40,6 +46,20 @@ class Preemption(threading.Thread):
         except ray.exceptions.RayError:
             return  # the training is over
         self.noticed.set()
+
+
+class Pulse(threading.Thread):
+    """Shows on the desk that rank 0 is up, beside the training: a step or a checkpoint may take its time."""
+
+    def __init__(self, desk: Any, workers: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self.desk, self.workers = desk, workers
+
+    def run(self) -> None:
+        """Show it until the process ends."""
+        while True:
+            self.desk.show_up.remote(self.workers)
+            time.sleep(PULSE_SECONDS)
 
 
 class StopWatch:
@@ -66,24 +86,33 @@ def worker(arguments: dict[str, Any]) -> None:
     """One rank of the training, in a process of its own."""
     config: TrainConfig = arguments["config"]
     arguments["credentials"].open()
-    desk, context = arguments["desk"], ray.train.get_context()
+    desk, context, device = arguments["desk"], ray.train.get_context(), ray.train.torch.get_device()
     rank, size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(arguments["threads"])
-    stage = claim(arguments["claim"]) if rank == 0 else None
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    stage = None
+    if rank == 0:
+        Pulse(desk, size).start()
+        stage = claim(arguments["claim"])
     if size > 1:  # from here on no older writer can publish a checkpoint, so all ranks find the same one
-        torch.distributed.barrier()
+        torch.distributed.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     preemption = Preemption()
     preemption.start()
-    fit = Fit(
-        LatentDataset(config.latents),
+    dataset = LatentDataset(config.latents)
+    Fit(
+        dataset,
         Path(config.run),
         config.settings,
-        Place(rank, size, ray.train.torch.get_device()),
+        Place(rank, size, device),
         stop=StopWatch(desk, preemption),
         report=lambda metrics: desk.write.remote(metrics=metrics),
+        say=lambda line: ray.get(desk.say.remote(line)),  # waits, so that it lies there before this process ends
         stage=stage,
-        cache=ShardCache(Path(config.cache) if config.cache else default_folder(), config.cache_gb),
-    )
-    if rank == 0:
-        desk.write.remote(workers=size)
-    fit.run()
+        cache=node_cache(config, dataset),
+    ).run()
+
+
+def node_cache(config: TrainConfig, dataset: LatentDataset) -> ShardCache | None:
+    """The node's cache of remote shards, where there are some and it may hold any."""
+    if not config.cache_gb or not any(is_remote(shard.url) for shard in dataset.shards):
+        return None
+    return ShardCache(Path(config.cache) if config.cache else default_folder(), config.cache_gb)

@@ -121,8 +121,11 @@ def test_a_shard_that_cannot_be_written_does_not_stop_the_others(ray_cluster: No
     assert [problem.partition(" is not encoded: ")[0] for problem in total["problems"]] == [str(pairs / "00000.tar")]
 
 
-def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: Path) -> None:
+def test_two_workers_train_on_the_same_keys_as_one(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(tmp_path / "latents", shards=2, rows=18, latent_shape=(4, 4, 4))
+    (tmp_path / "run2" / "checkpoints" / "step_00000001").mkdir(parents=True)
     for workers in (1, 2):
         config = train_config(tmp_path / "latents", tmp_path / f"run{workers}", steps=6)
         assert train.run(replace(config, workers=workers))
@@ -133,6 +136,7 @@ def test_two_workers_train_on_the_same_keys_as_one(ray_cluster: None, tmp_path: 
     assert [line["keys_hash"] for line in one] == [line["keys_hash"] for line in two]
     for mine, theirs in zip(one, two, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert capsys.readouterr().out.count("train: step_00000001 is passed over: ") == 1
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert train.run(config)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
