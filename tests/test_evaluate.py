@@ -191,7 +191,9 @@ def test_images_of_one_caption_are_all_right() -> None:
 
 def test_latents_of_another_space(config: EvaluateConfig, tmp_path: Path) -> None:
     fill(tmp_path / "other", shards=1)
-    with pytest.raises(UsageError, match=r"other is of latent space test .* but the checkpoint .*step_00000002 is of demo"):
+    with pytest.raises(
+        UsageError, match=r"other is of latent space test .* but the checkpoint .*step_00000002 is of demo"
+    ):
         evaluate.run(replace(config, latents=(str(tmp_path / "other"),)))
     assert not Path(config.out).exists()
 
