@@ -37,7 +37,6 @@ def test_a_training_under_kills_and_a_notice_ends_with_the_lines_of_an_undisturb
     job.reach(STEPS // 2)
     job.kill()
     job.start(**RARELY)  # so that only the notice makes a checkpoint
-    job.reach(newest_step(run) + 10)
     assert preempt(job, nodes, rng) < NOTICE_SECONDS
     job.finish()
     assert lines(run) == expected

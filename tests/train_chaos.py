@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import ray
 from chaos import ROOT, Nodes, Process, parent, processes, raylet, wait_until
@@ -57,6 +58,7 @@ class TrainJob:
             **flags,
         }
         self.log = run.with_name(run.name + ".log")
+        self.interrupted: IO[bytes] | None = None
 
     def start(self, **changes: object) -> None:
         """Start the command, with some flags changed from now on."""
@@ -69,11 +71,13 @@ class TrainJob:
 
     def kill(self) -> None:
         """SIGKILL the driver."""
+        self.interrupt()
         self.process.kill()
         self.process.wait()
 
     def finish(self) -> None:
         """Wait for its end, which must be a good one."""
+        self.forget()
         assert self.process.wait() == 0, self.output()
 
     def output(self) -> str:
@@ -87,6 +91,27 @@ class TrainJob:
             return (self.run / "samples.jsonl").read_bytes().count(b"\n")
         except FileNotFoundError:
             return 0
+
+    def interrupt(self) -> None:
+        """Note that something is done to the workers: those that follow begin a log of their own."""
+        self.forget()
+        with suppress(FileNotFoundError):
+            self.interrupted = (self.run / "samples.jsonl").open("rb")
+
+    def forget(self) -> None:
+        """Close the log that was interrupted, which is held open so that no new file gets its number."""
+        if self.interrupted:
+            self.interrupted.close()
+        self.interrupted = None
+
+    def under_way(self) -> None:
+        """Wait until workers that nothing was done to yet log steps that no checkpoint holds."""
+
+        def begun() -> bool:
+            replaced = self.interrupted is None or os.fstat(self.interrupted.fileno()).st_nlink == 0
+            return replaced and self.step() > newest_step(self.run) + 1
+
+        wait_until(begun, "steps of new workers", 300)
 
     def reach(self, step: int) -> None:
         """Wait until so many steps are logged."""
@@ -153,7 +178,9 @@ def preempt(job: TrainJob, nodes: Nodes, rng: random.Random) -> float:
     The node is killed, and replaced, as soon as the checkpoint is there. Only a training whose own checkpoints are rare
     shows anything by it.
     """
+    job.under_way()
     node = node_of(nodes, one_worker(job, nodes, rng))
+    job.interrupt()
     before, begun = newest_step(job.run), time.monotonic()
     give_notice(nodes, node)
     wait_until(lambda: newest_step(job.run) > before, "a checkpoint", NOTICE_SECONDS)
@@ -179,9 +206,12 @@ def disturb(job: TrainJob, nodes: Nodes, events: list[Event], rng: random.Random
             job.kill()
             job.start()
         elif event.kind == "node":
-            nodes.remove(node_of(nodes, one_worker(job, nodes, rng)))
+            node = node_of(nodes, one_worker(job, nodes, rng))
+            job.interrupt()
+            nodes.remove(node)
             nodes.add()
         elif event.kind == "worker":
+            job.interrupt()
             os.kill(one_worker(job, nodes, rng).pid, signal.SIGKILL)
         else:
             notices.append(preempt(job, nodes, rng))
