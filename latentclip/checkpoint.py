@@ -16,6 +16,7 @@ The folder is written under a hidden name and renamed, so no reader ever meets a
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import uuid
@@ -105,9 +106,9 @@ def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
     return sorted((pair for pair in steps if pair[1] == step_folder(run, pair[0])), reverse=True)
 
 
-def newest_good(run: Path) -> Path | None:
-    """The newest checkpoint `run/checkpoints/step_*` that is whole and unchanged; None if there is none."""
-    return next((folder for _, folder in checkpoint_folders(run) if is_good(folder)), None)
+def newest_good(run: Path, last: float = math.inf) -> Path | None:
+    """The newest checkpoint `run/checkpoints/step_*`, of step `last` or before, that is whole; None without one."""
+    return next((folder for step, folder in checkpoint_folders(run) if step <= last and is_good(folder)), None)
 
 
 def delete_old(run: Path, step: int, keep: int) -> None:

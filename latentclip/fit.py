@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from latentclip.augment import augment_latents
-from latentclip.checkpoint import delete_old, save_checkpoint, step_folder
+from latentclip.checkpoint import delete_old, newest_good, save_checkpoint, step_folder
 from latentclip.claim import claim
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings, Flat, check_settings
 from latentclip.loader import Batch, LatentLoader, samples_hash
+from latentclip.meter import Meter, peak_memory
 from latentclip.order import mix
 from latentclip.place import Place, Team
 from latentclip.resume import data_step, newest_training
@@ -125,14 +126,15 @@ class Fit:
     def _train(self) -> dict[str, float]:
         """Train from the state at hand on; raises NotFiniteError, and the weights are then not to be used."""
         trained = self.team.share(self.training.model)
-        self.log = StepLog(self.run_folder, self.step, self.stage) if self.team.leads else None
+        self.log = StepLog(self.run_folder, self.step, self.stage, self.settings) if self.team.leads else None
         metrics: dict[str, Any] = {"step": self.step}
         self.saved_step = self.step if self.training.checkpoint else None
         self.clock = self.saved_time = time.monotonic()
+        self.meter = Meter()
         try:
             with closing(self._batches()) as batches:
                 while self.progress < 1:
-                    metrics = self._step(trained, next(batches))
+                    metrics = self._step(trained, self.meter.next(batches))
                     stopped, due = self._tick()
                     if self.step % self.settings.log_steps == 0 or self.progress >= 1 or stopped:
                         self._log()
@@ -185,21 +187,52 @@ class Fit:
         return latents.contiguous(memory_format=torch.channels_last)
 
     def _tick(self) -> tuple[bool, bool]:
-        """Advance the clock; returns whether to stop, and whether a checkpoint is due. Rank 0 decides for all."""
+        """Advance the clock; returns whether to stop, and whether a checkpoint is due. Rank 0 decides for all.
+
+        Raises UsageError on every rank if the loss, as far as it is written, has risen for good.
+        """
+        self.meter.step()
         now = time.monotonic()
         late = now - self.saved_time > 60 * self.settings.checkpoint_minutes
-        elapsed, stopped, due = self.team.broadcast(
-            self.training.elapsed + now - self.clock, self.team.leads and self.stop(), late
+        diverged = self.log is not None and self.log.watch.diverged
+        elapsed, stopped, due, diverged = self.team.broadcast(
+            self.training.elapsed + now - self.clock, self.team.leads and self.stop(), late, diverged
         )
         self.training.elapsed, self.clock = elapsed, now
+        if diverged:
+            raise UsageError(self.team.same(self._diverged()))
         return bool(stopped), bool(due)
+
+    def _diverged(self) -> str:
+        """The sentence that ends a diverged training; empty where its log is not."""
+        if self.log is None:
+            return ""
+        watch = self.log.watch
+        good = newest_good(self.run_folder, watch.sound_until)
+        remedy = f"start another run from the last good checkpoint {good}" if good else "start another run"
+        return f"{watch.verdict()}: {remedy} with a lower learning rate, or go on with --max-rise None"
 
     def _log(self) -> None:
         """Write the log, and report its last line."""
-        if self.log:
-            rate = self.step * self.settings.batch_size / max(self.training.elapsed, 1e-9)
-            if scalars := self.log.write(rate):
-                self.report({"step": self.step, "progress": self.progress, "samples_per_second": rate, **scalars})
+        if self.log and (values := self.log.write(self._measured())):
+            self.report({"step": self.step, "progress": self.progress, "seconds_left": self._seconds_left(), **values})
+
+    def _measured(self) -> dict[str, float]:
+        """What the log shows that depends on clock and machine."""
+        batch_size = self.settings.batch_size
+        return {
+            "samples": self.step * batch_size,
+            "samples_per_second": self.meter.steps_per_second * batch_size,
+            "data_wait": self.meter.data_wait,
+            "memory_gb": peak_memory(self.team.device) / 1e9,
+        }
+
+    def _seconds_left(self) -> float:
+        """Seconds until the end, at the present speed."""
+        if self.settings.steps is not None:
+            return (self.settings.steps - self.step) / max(self.meter.steps_per_second, 1e-9)
+        assert self.settings.max_minutes is not None
+        return max(0.0, 60 * self.settings.max_minutes - self.training.elapsed)
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless it has one (rank 0 does it, the others wait), and drop old ones.

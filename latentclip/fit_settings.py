@@ -10,6 +10,7 @@ import tyro
 from latentclip.augment import LatentAugmentation
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError, require_at_least
+from latentclip.tracker import require_wandb
 from latentclip.training import Optimisation
 
 Flat = tyro.conf.arg(name="")
@@ -40,19 +41,27 @@ class FitSettings:
     """Newest checkpoints to keep; damaged ones do not count."""
     max_skips: int = 5
     """Batches to skip, over the whole run, because of a number that is not finite; one more ends the training."""
+    max_rise: float | None = 1.0
+    """Nats by which the smoothed loss may rise above its lowest for `max_rise_steps`; None never ends a training."""
+    max_rise_steps: int = 200
+    """Steps for which it may; then the training ends, and names the last checkpoint from before the rise."""
     log_steps: int = 10
     """Steps between lines of the log."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the run is shown in as well; WANDB_MODE=offline keeps it in the run's folder."""
 
 
 def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
     """Raise UsageError, before anything is built, if this data cannot be trained on with these settings."""
     if (settings.steps is None) == (settings.max_minutes is None):
         raise UsageError("give either --steps or --max-minutes, to say how long to train")
-    counted = ("steps", "batch_size", "keep_checkpoints", "log_steps")
+    counted = ("steps", "batch_size", "keep_checkpoints", "log_steps", "max_rise_steps")
     require_at_least(1, **{name: getattr(settings, name) for name in counted})
     require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
     require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
-    require_at_least(0, max_skips=settings.max_skips)
+    require_at_least(0, max_skips=settings.max_skips, max_rise=settings.max_rise)
+    if settings.wandb:
+        require_wandb()
     pairs = sum(shard.rows for shard in dataset.shards)
     if not pairs:
         raise UsageError(

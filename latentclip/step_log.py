@@ -1,10 +1,14 @@
-"""The logs of a run, which rank 0 writes: samples.jsonl (a line a step), skips.jsonl and tensorboard/."""
+"""The logs of a run, which rank 0 writes: samples.jsonl (a line a step), skips.jsonl, tensorboard/ and wandb/ if asked.
+
+What depends on the clock or the machine is in the last two alone, so that samples.jsonl is the same whatever happens.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +16,40 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from latentclip.claim import publish, require
+from latentclip.divergence import Watch
 from latentclip.errors import UsageError
+from latentclip.fit_settings import FitSettings
+from latentclip.tracker import Tracker
 
 SCALARS = ("loss", "learning_rate", "logit_scale", "gradient_norm")
-"""What of a step TensorBoard shows."""
+"""What of a line is shown."""
 
 
 class StepLog:
     """The log of a run from `step` on; what a training that was interrupted or went back wrote of later ones goes.
 
     It is a new file each time, out of `stage`, a claim of the run: an earlier writer goes on in a file without a name.
-    Raises UsageError if the disk is full, and ClaimLostError if the claim was lost.
+    `watch` sees the losses of all its lines. Raises UsageError if the disk is full or Weights & Biases refuses the run,
+    and ClaimLostError if the claim was lost.
     """
 
-    def __init__(self, run: Path, step: int, stage: Path) -> None:
+    def __init__(self, run: Path, step: int, stage: Path, settings: FitSettings) -> None:
         self.path, self.stage = run / "samples.jsonl", stage
+        self.watch = Watch(settings.max_rise, settings.max_rise_steps)
         self.waiting: list[dict[str, Any]] = []
-        kept = _lines_before(step, self.path)
+        kept = list(_lines_before(step, self.path))
+        for line in kept:
+            self.watch.see(line.step, line.loss)
         with _named(self.path, stage):
             self.file = (stage / self.path.name).open("w")
         try:
-            self._write(kept)
+            self._write(line.text for line in kept)
             with _named(self.path, stage):
                 publish(stage / self.path.name, self.path)
             self.shown = run / "tensorboard"
             with _named(self.shown, stage):
                 self.board = SummaryWriter(str(self.shown), purge_step=step)
+            self.tracker = Tracker(settings.wandb, run, stage, asdict(settings)) if settings.wandb else None
         except UsageError:
             self._close_file()
             raise
@@ -46,10 +58,10 @@ class StepLog:
         """Note a step; its values may be scalars on a device, which nothing waits for before `write`."""
         self.waiting.append(line)
 
-    def write(self, rate: float) -> dict[str, float]:
-        """Write the steps noted since the last call; returns SCALARS of the last, empty if there are none.
+    def write(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Write the steps noted since the last call; returns what is shown of them, empty if there are none.
 
-        `rate` is the samples a second, for TensorBoard. Raises UsageError if the disk is full.
+        That is SCALARS of the last step and what was `measured`, by name. Raises UsageError if the disk is full.
         """
         if not self.waiting:
             return {}
@@ -57,11 +69,16 @@ class StepLog:
         self.waiting = []
         require(self.stage)
         self._write(json.dumps(line) + "\n" for line in lines)
-        scalars = {name: float(lines[-1][name]) for name in SCALARS}
+        for line in lines:
+            self.watch.see(line["step"], line["loss"])
+        done = lines[-1]["step"] + 1
+        values = {**{name: float(lines[-1][name]) for name in SCALARS}, **measured}
         with _named(self.shown, self.stage):
-            for name, value in {**scalars, "samples_per_second": rate}.items():
-                self.board.add_scalar(name, value, lines[-1]["step"] + 1)
-        return scalars
+            for name, value in values.items():
+                self.board.add_scalar(name, value, done)
+        if self.tracker:
+            self.tracker.log(done, values)
+        return values
 
     def _write(self, lines: Iterable[str]) -> None:
         with _named(self.path, self.stage):
@@ -73,6 +90,8 @@ class StepLog:
         with suppress(OSError):  # of a full disk; it must not hide what ends the training
             self.board.close()
         self._close_file()
+        if self.tracker:
+            self.tracker.close()
 
     def _close_file(self) -> None:
         with suppress(OSError):  # of a full disk, which `_write` has named
@@ -102,17 +121,23 @@ def _named(path: Path, stage: Path) -> Iterator[None]:
         raise UsageError(f"the log {path} cannot be written ({error}); free space, and run it again") from error
 
 
-def _lines_before(step: int, path: Path) -> list[str]:
-    """The lines of steps before `step`."""
+@dataclass(frozen=True)
+class Line:
+    """A line of samples.jsonl, and what of it decides how to go on."""
+
+    text: str
+    step: int
+    loss: float
+
+
+def _lines_before(step: int, path: Path) -> Iterator[Line]:
+    """The lines of steps before `step`, without those that were torn."""
     if not path.is_file():
-        return []
+        return
     with path.open(errors="replace") as file:
-        return [line for line in file if _step_of(line) < step]
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that was torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        for text in file:
+            with suppress(ValueError, KeyError, TypeError):
+                values = json.loads(text)
+                line = Line(text, int(values["step"]), float(values["loss"]))
+                if line.step < step:
+                    yield line

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import ray
 
-PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "HF_TOKEN", "HF_ENDPOINT", "LATENTCLIP_")
-"""Beginnings of the variables that object stores and model hubs read: keys, tokens, endpoints, regions."""
+PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "HF_TOKEN", "HF_ENDPOINT", "WANDB_", "LATENTCLIP_")
+"""Beginnings of the variables that stores, hubs and Weights & Biases read: keys, tokens, endpoints, regions."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,15 @@ from pipelines.runlog import StageLog
 from pipelines.train_group import Group
 
 CONFIG = "train.config.json"
-FREE_TO_CHANGE = ("log_steps", "checkpoint_minutes", "keep_checkpoints", "max_skips")
+FREE_TO_CHANGE = (
+    "log_steps",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "max_skips",
+    "max_rise",
+    "max_rise_steps",
+    "wandb",
+)
 """Settings that may differ when a run goes on: they do not change what is learned."""
 
 

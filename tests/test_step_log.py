@@ -12,6 +12,7 @@ import pytest
 
 from latentclip.claim import ClaimLostError, claim
 from latentclip.errors import UsageError
+from latentclip.fit_settings import FitSettings
 from latentclip.step_log import StepLog, log_skip
 
 STEP = {"step": 0, "loss": 2.5, "learning_rate": 0.1, "logit_scale": 10.0, "gradient_norm": 1.0}
@@ -37,16 +38,16 @@ def skip(run: Path, stage: Path, step: int) -> None:
 
 def test_a_full_disk_is_a_sentence_and_closing_hides_nothing(tmp_path: Path) -> None:
     stage = claim(tmp_path)
-    log = StepLog(tmp_path, 0, stage)
+    log = StepLog(tmp_path, 0, stage, FitSettings())
     log.add(STEP)
-    assert log.write(1.0)["loss"] == 2.5
+    assert log.write({"samples_per_second": 1.0})["loss"] == 2.5
     log.add(STEP)
     with no_room():
         with pytest.raises(UsageError, match=f"the log {tmp_path / 'samples.jsonl'} cannot be written .*; free space"):
-            log.write(1.0)
+            log.write({"samples_per_second": 1.0})
         log.close()
         with pytest.raises(UsageError, match=f"the log {tmp_path / 'samples.jsonl'} cannot be written"):
-            StepLog(tmp_path, 1, stage)
+            StepLog(tmp_path, 1, stage, FitSettings())
         with pytest.raises(UsageError, match=f"the log {tmp_path / 'skips.jsonl'} cannot be written"):
             skip(tmp_path, stage, 3)
 
@@ -54,19 +55,19 @@ def test_a_full_disk_is_a_sentence_and_closing_hides_nothing(tmp_path: Path) -> 
 def test_a_disk_too_full_for_tensorboard_is_a_sentence(tmp_path: Path) -> None:
     stage = claim(tmp_path)
     with no_room(), pytest.raises(UsageError, match=f"the log {tmp_path / 'tensorboard'} cannot be written"):
-        StepLog(tmp_path, 0, stage)
+        StepLog(tmp_path, 0, stage, FitSettings())
 
 
 def test_a_lost_claim_is_named_as_such(tmp_path: Path) -> None:
     lost = claim(tmp_path)
-    log = StepLog(tmp_path, 0, lost)
+    log = StepLog(tmp_path, 0, lost, FitSettings())
     claim(tmp_path)
     log.add(STEP)
     with pytest.raises(ClaimLostError, match="another training has taken over"):
-        log.write(1.0)
+        log.write({"samples_per_second": 1.0})
     log.close()
     with pytest.raises(ClaimLostError, match="another training has taken over"):
-        StepLog(tmp_path, 0, lost)
+        StepLog(tmp_path, 0, lost, FitSettings())
     with pytest.raises(ClaimLostError, match="another training has taken over"):
         skip(tmp_path, lost, 3)
     assert not (tmp_path / "skips.jsonl").exists()

@@ -1,0 +1,76 @@
+"""Weights & Biases beside TensorBoard, for those who ask: one run there for one run here, however often it stops.
+
+    WANDB_MODE=offline  keeps everything in RUN/wandb/, for `wandb sync` to send later
+
+The package is wandb, this one's extra `wandb`. It sends what it is given in a process of its own: no step waits for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from latentclip.claim import publish
+from latentclip.errors import UsageError
+
+ID = "wandb.json"
+"""File of a run with the id under which Weights & Biases knows it."""
+
+
+def require_wandb() -> None:
+    """Raise UsageError if the package is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb needs the package wandb; install it (pip install 'latentclip[wandb]') on every node")
+
+
+class Tracker:
+    """A run of the Weights & Biases project `project`, begun or gone on with; `config` is shown beside it.
+
+    Raises UsageError where it refuses, as without a key, and ClaimLostError if `stage`, a claim of the run, was lost.
+    """
+
+    def __init__(self, project: str, run: Path, stage: Path, config: Mapping[str, Any]) -> None:
+        require_wandb()
+        import wandb
+
+        known = run_id(run, stage)
+        quiet = wandb.Settings(silent=True, console="off")
+        try:
+            self.run: Any = wandb.init(
+                project=project, id=known, name=run.name, dir=run, resume="allow", config=dict(config), settings=quiet
+            )
+        except wandb.errors.Error as error:
+            raise UsageError(
+                f"Weights & Biases refuses the run ({error}); set WANDB_API_KEY or WANDB_MODE=offline, or drop --wandb"
+            ) from error
+        # Its own count of steps never goes back, as a training does that goes on from a checkpoint.
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show values at a number of steps done."""
+        self.run.log({"step": step, **values})
+
+    def close(self) -> None:
+        """Wait until everything is sent, or kept where there is no network."""
+        self.run.finish()
+
+
+def run_id(run: Path, stage: Path) -> str:
+    """The id of a run: made once, and kept in its folder, so that it moves with it and no new run has it."""
+    path = run / ID
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(path.read_text())["id"]
+        if re.fullmatch(r"[0-9a-f]{32}", known):
+            return str(known)
+    made = uuid.uuid4().hex
+    draft = stage / ID
+    with suppress(FileNotFoundError):  # of a lost claim, which `publish` names
+        draft.write_text(json.dumps({"id": made}) + "\n")
+    publish(draft, path)
+    return made
