@@ -21,7 +21,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,18 +111,20 @@ def newest_good(run: Path, last: float = math.inf) -> Path | None:
     return next((folder for step, folder in checkpoint_folders(run) if step <= last and is_good(folder)), None)
 
 
-def delete_old(run: Path, step: int, keep: int) -> None:
+def delete_old(run: Path, step: int, keep: int, sound_until: float = math.inf) -> None:
     """Delete what is older than the `keep` newest good checkpoints up to `step`; nothing while there are fewer.
 
-    What claims to be of a later step is not of this training, and damaged ones do not count: neither makes a good one
-    old. The files of those that count are read.
+    The newest good one of step `sound_until` or before stays as well. What claims to be of a later step is not of this
+    training, and damaged ones do not count: neither makes a good one old. The files of those that count are read.
     """
     steps = [(number, folder) for number, folder in checkpoint_folders(run) if number <= step]
     if len(steps) <= keep:
         return
-    good = list(islice((number for number, folder in steps if is_good(folder)), keep))
+    good = (number for number, folder in steps if is_good(folder))
+    newest = list(islice(good, keep))
+    sound = next((number for number in chain(newest, good) if number <= sound_until), None)
     for number, folder in steps:
-        if len(good) == keep and number < good[-1]:
+        if len(newest) == keep and number < newest[-1] and number != sound:
             remove(folder)
 
 

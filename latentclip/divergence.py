@@ -31,6 +31,8 @@ class Watch:
         self.level, self.lowest, self.step = 0.0, math.inf, 0
         self.risen: int | None = None
         """The step from which on the loss has been risen; None while it is not."""
+        self.calm = 0
+        """The last step at which it was not half as high."""
 
     def see(self, step: int, loss: float) -> None:
         """Take in the loss of a step."""
@@ -38,6 +40,8 @@ class Watch:
             self.level = loss
         self.level += min((loss - self.level) / SMOOTHED_STEPS, LARGEST_LIFT * self.rise)
         self.lowest, self.step = min(self.lowest, self.level), step
+        if self.level - self.lowest <= self.rise / 2:
+            self.calm = step
         if self.level - self.lowest <= self.rise:
             self.risen = None
         elif self.risen is None:
@@ -50,8 +54,11 @@ class Watch:
 
     @property
     def sound_until(self) -> float:
-        """Steps after which a checkpoint holds nothing of the rise; infinite while there is none."""
-        return math.inf if self.risen is None else self.risen - SMOOTHED_STEPS
+        """The last step whose checkpoint holds nothing of a rise that is, or may be, under way.
+
+        The smoothed loss follows a jump by the rise or more half the way within 14 steps.
+        """
+        return math.inf if math.isinf(self.rise) else self.calm - SMOOTHED_STEPS
 
     def verdict(self) -> str:
         """What has become of the loss, for a sentence."""

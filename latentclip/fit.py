@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from latentclip.augment import augment_latents
-from latentclip.checkpoint import delete_old, newest_good, save_checkpoint, step_folder
+from latentclip.checkpoint import delete_old, newest_good, step_folder
 from latentclip.claim import claim
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
@@ -29,6 +30,7 @@ from latentclip.meter import Meter, peak_memory
 from latentclip.order import mix
 from latentclip.place import Place, Team
 from latentclip.resume import data_step, newest_training
+from latentclip.saver import Saver
 from latentclip.snapshot import FILE as SNAPSHOT
 from latentclip.source import Cache
 from latentclip.step_log import StepLog, log_skip
@@ -130,7 +132,7 @@ class Fit:
         metrics: dict[str, Any] = {"step": self.step}
         self.saved_step = self.step if self.training.checkpoint else None
         self.clock = self.saved_time = time.monotonic()
-        self.meter = Meter()
+        self.meter, self.saver = Meter(), Saver()
         try:
             with closing(self._batches()) as batches:
                 while self.progress < 1:
@@ -143,7 +145,10 @@ class Fit:
                     if due:
                         self.save()
             self.save()
+            self.saver.finish()
+            self.team.wait()
         finally:
+            self.saver.close()
             if self.log:
                 self.log.close()
         return {name: float(value) for name, value in metrics.items()}
@@ -192,8 +197,9 @@ class Fit:
         Raises UsageError on every rank if the loss, as far as it is written, has risen for good.
         """
         self.meter.step()
+        self.saver.check()
         now = time.monotonic()
-        late = now - self.saved_time > 60 * self.settings.checkpoint_minutes
+        late = now - self.saved_time > 60 * self.settings.checkpoint_minutes and not self.saver.busy
         diverged = self.log is not None and self.log.watch.diverged
         elapsed, stopped, due, diverged = self.team.broadcast(
             self.training.elapsed + now - self.clock, self.team.leads and self.stop(), late, diverged
@@ -235,7 +241,7 @@ class Fit:
         return max(0.0, 60 * self.settings.max_minutes - self.training.elapsed)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless it has one (rank 0 does it, the others wait), and drop old ones.
+        """Let rank 0 write a checkpoint of this step, unless it has one, and drop old ones, while the training goes on.
 
         Raises NotFiniteError on every rank, before anything is written, if a weight or moment is not finite on one.
         """
@@ -245,10 +251,12 @@ class Fit:
         values = [*training.model.state_dict().values(), *moments.values()]
         if not self.team.all_true(all_finite(values).reshape(1)).item():
             raise NotFiniteError(WEIGHT)
-        if self.team.leads:
+        if self.log:
             self._log()
-            save_checkpoint(
-                step_folder(self.run_folder, self.step),
+            run, step, newest = self.run_folder, self.step, self.settings.keep_checkpoints
+            self.saver.save(
+                step_folder(run, step),
+                then=partial(delete_old, run, step, newest, self.log.watch.sound_until),
                 model=training.model,
                 config=training.config,
                 space=self.dataset.space,
@@ -260,8 +268,6 @@ class Fit:
                 files={SNAPSHOT: training.snapshot.to_bytes()},
                 stage=self.stage,
             )
-            delete_old(self.run_folder, self.step, self.settings.keep_checkpoints)
-        self.team.wait()
         self.saved_step, self.saved_time = self.step, time.monotonic()
 
     def _blamed(self, error: NotFiniteError) -> int:

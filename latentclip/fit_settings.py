@@ -59,7 +59,9 @@ def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
     require_at_least(1, **{name: getattr(settings, name) for name in counted})
     require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
     require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
-    require_at_least(0, max_skips=settings.max_skips, max_rise=settings.max_rise)
+    require_at_least(0, max_skips=settings.max_skips)
+    if settings.max_rise is not None and settings.max_rise <= 0:
+        raise UsageError(f"--max-rise is {settings.max_rise}; give nats above 0, or None")
     if settings.wandb:
         require_wandb()
     pairs = sum(shard.rows for shard in dataset.shards)

@@ -1,0 +1,92 @@
+"""Weights & Biases, by its own package in its offline mode: one run there, however often the training stops."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fits import STEPS, fit, small_latents
+
+from latentclip.claim import ClaimLostError, claim
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
+from latentclip.tracker import run_id
+
+wandb = pytest.importorskip("wandb")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
+    return small_latents(tmp_path_factory.mktemp("latents"))
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The history in a file of the offline mode."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, found = DataStore(), []
+    store.open_for_scan(str(file))
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            items = record.history.item
+            found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return found
+
+
+def test_a_run_that_goes_on_is_the_same_run_there(
+    latents: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fit(latents, tmp_path / "run", until=3, wandb="project").run()
+    fit(latents, tmp_path / "run", wandb="project").run()
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {file.stem for file in files} == {f"run-{run_id(tmp_path / 'run', tmp_path)}"}
+    history = [line for file in files for line in kept(file)]
+    assert sorted(line["step"] for line in history) == list(range(1, STEPS + 1))
+    names = {"loss", "learning_rate", "logit_scale", "gradient_norm", "samples", "samples_per_second", "data_wait"}
+    assert names | {"memory_gb", "step"} <= set(history[0])
+
+
+def test_no_key_is_a_sentence(latents: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=r"Weights & Biases refuses the run .*; set WANDB_API_KEY or WANDB_MODE=off"):
+        fit(latents, tmp_path / "run", wandb="project").run()
+
+
+def test_a_missing_package_is_a_sentence_before_anything_is_built(latents: LatentDataset, tmp_path: Path) -> None:
+    program = (
+        "import importlib.abc, sys\n"
+        "class Hidden(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'wandb':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "from latentclip.tracker import require_wandb\n"
+        "require_wandb()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "UsageError: --wandb needs the package wandb; install it (pip install 'latentclip[wandb]')" in ended.stderr
+
+
+def test_the_id_is_the_runs_own(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = run_id(one, claim(one))
+    assert run_id(one, claim(one)) == first != run_id(two, claim(two))
+    moved = one.rename(tmp_path / "moved")
+    assert run_id(moved, claim(moved)) == first
+    (moved / "wandb.json").write_text('{"id": "../../else')
+    assert len(run_id(moved, claim(moved))) == 32
+    (moved / "wandb.json").unlink()
+    lost = claim(moved)
+    claim(moved)
+    with pytest.raises(ClaimLostError):
+        run_id(moved, lost)
