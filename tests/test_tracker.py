@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.tracker import run_id
 
-wandb = pytest.importorskip("wandb")
+wandb: Any = pytest.importorskip("wandb")
+wandb_internal_pb2: Any = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+
+BLOCK = 32768
+"""Bytes."""
+
+
+@pytest.fixture(autouse=True)
+def session() -> Iterator[None]:
+    """A session of each test's own, since one reads its environment once."""
+    yield
+    wandb.teardown()
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +36,27 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     return small_latents(tmp_path_factory.mktemp("latents"))
 
 
+def records(file: Path) -> Iterator[bytes]:
+    """The records in a file of the offline mode: LevelDB's log format after a header of 7 bytes."""
+    data, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = BLOCK - place % BLOCK
+        _, length, kind = struct.unpack_from("<IHB", data, place) if left >= 7 else (0, 0, 0)
+        if kind == 0:  # padding at the end of a block
+            place += left
+            continue
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
 def kept(file: Path) -> list[dict[str, Any]]:
     """The history in a file of the offline mode."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, found = DataStore(), []
-    store.open_for_scan(str(file))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    found = []
+    for data in records(file):
+        record = wandb_internal_pb2.Record.FromString(data)
         if record.HasField("history"):
             items = record.history.item
             found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
@@ -62,19 +85,14 @@ def test_no_key_is_a_sentence(latents: LatentDataset, tmp_path: Path, monkeypatc
         fit(latents, tmp_path / "run", wandb="project").run()
 
 
-def test_a_missing_package_is_a_sentence_before_anything_is_built(latents: LatentDataset, tmp_path: Path) -> None:
-    program = (
-        "import importlib.abc, sys\n"
-        "class Hidden(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'wandb':\n"
-        "            raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Hidden())\n"
-        "from latentclip.tracker import require_wandb\n"
-        "require_wandb()\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "UsageError: --wandb needs the package wandb; install it (pip install 'latentclip[wandb]')" in ended.stderr
+def test_a_missing_package_is_a_sentence_before_anything_is_written(
+    latents: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "wandb", None)  # as Python itself notes what is not to be found
+        with pytest.raises(UsageError, match=r"--wandb needs the package wandb; install it \(pip install 'latentclip"):
+            fit(latents, tmp_path / "run", wandb="project")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_id_is_the_runs_own(tmp_path: Path) -> None:
