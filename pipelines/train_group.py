@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,13 +24,13 @@ import ray.train
 import ray.train.torch
 from ray._private.state import available_resources_per_node  # the public functions have the sum over all nodes only
 from ray.train import UserCallback
-from tqdm import tqdm
 
 from latentclip.claim import claim, release, require
 from latentclip.errors import UsageError
 from pipelines.configs import TrainConfig
 from pipelines.credentials import Sealed
 from pipelines.desk import Note, put_up_desk
+from pipelines.train_line import TrainLine
 from pipelines.train_worker import worker
 
 TRAIN: Any = ray.train
@@ -110,24 +109,23 @@ class Group:
         for name, value in RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         self.kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        layout = "{desc}: {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
         with (
             _claimed(Path(self.config.run)) as self.claim,
             _scratch(Path(self.config.run) / ".ray", self.claim) as scratch,
             _set_by_signals(self.asked),
-            tqdm(total=100, desc="train", file=sys.stdout, mininterval=1, bar_format=layout) as bar,
+            TrainLine() as line,
         ):
             lost = 0
             while not self.asked.is_set() and not self.is_finished():
                 try:
-                    self._fit(scratch, bar)
+                    self._fit(scratch, line)
                 except (ray.train.ControllerError, ray.exceptions.RayActorError):
                     lost += 1  # a worker died while it was set up, or one of Ray Train's own processes
                     if lost > self.config.retries:
                         raise
         return self.asked.is_set()
 
-    def _fit(self, scratch: Path, bar: tqdm[Any]) -> None:
+    def _fit(self, scratch: Path, line: TrainLine) -> None:
         """Run workers until they end, and raise what ended them."""
         require(self.claim)  # else what follows would be written over a later command's
         desk = put_up_desk()
@@ -145,13 +143,13 @@ class Group:
         # A daemon, since it never ends where the workers never come.
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
-        self._watch(desk, thread, bar)
+        self._watch(desk, thread, line)
         if outcome:
             raise outcome[0]
         note: Note = ray.get(desk.read.remote())
         assert note.stop or note.preempted or self.is_finished(), "the workers ended early without a reason"
         if note.preempted:
-            bar.write("train: a node is being taken away; a checkpoint is written, going on without it")
+            line.say("train: a node is being taken away; a checkpoint is written, going on without it")
 
     def _trainer(self, desk: Any, scratch: Path) -> Any:
         config = self.config
@@ -175,7 +173,7 @@ class Group:
             ),
         )
 
-    def _watch(self, desk: Any, thread: threading.Thread, bar: tqdm[Any]) -> None:
+    def _watch(self, desk: Any, thread: threading.Thread, line: TrainLine) -> None:
         """Show progress until the thread ends; asks the workers to end on a signal, or when more of them have room.
 
         Raises KeyboardInterrupt on a signal if no worker is up: there is nothing to save, and nobody to be told.
@@ -185,18 +183,15 @@ class Group:
             thread.join(timeout=0.5)
             running = thread.is_alive()
             note: Note = ray.get(desk.read.remote())
-            for line in note.lines[shown:]:
-                bar.write(line)
+            for said in note.lines[shown:]:
+                line.say(said)
             shown = len(note.lines)
-            if metrics := note.metrics:
-                text = "step {step:.0f}  loss {loss:.4f}  scale {logit_scale:.1f}  {samples_per_second:,.0f} samples/s"
-                bar.set_postfix_str(text.format(**metrics), refresh=False)
-                bar.update(100 * metrics["progress"] - bar.n)
+            line.update(note.metrics)
             if running and self.asked.is_set() and note.silent > GONE_SECONDS:
                 raise KeyboardInterrupt
             grow = room.for_more(self._places(note), time.monotonic())
             if (self.asked.is_set() or grow) and not told:
-                bar.write(f"train: {'adding workers' if grow else 'stopping'}, the workers write a checkpoint")
+                line.say(f"train: {'adding workers' if grow else 'stopping'}, the workers write a checkpoint")
                 desk.write.remote(stop=True)
                 told = True
 
