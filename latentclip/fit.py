@@ -167,7 +167,11 @@ class Fit:
             settings.optimisation,
             rate,
             team.all_true,
+            micro_batch=settings.micro_batch,
+            embedding_only=self.progress < settings.optimisation.embedding_first,
         )
+        if self.training.average:
+            self.training.average.update(self.training.model, self.step)
         metrics["loss"] = team.mean(metrics["loss"])  # each rank's is that of its part of the batch
         seeds = team.all_of(batch["seeds"])
         if self.log:
@@ -208,8 +212,13 @@ class Fit:
         """
         if self.saved_step == self.step:
             return
-        training, moments = self.training, optimiser_tensors(self.training.optimiser)
-        values = [*training.model.state_dict().values(), *moments.values()]
+        training, tensors = self.training, {"optimiser": optimiser_tensors(self.training.optimiser)}
+        if training.average:
+            tensors["average"] = training.average.tensors
+        values = [
+            *training.model.state_dict().values(),
+            *(value for kind in tensors.values() for value in kind.values()),
+        ]
         if not self.team.all_true(all_finite(values).reshape(1)).item():
             raise NotFiniteError(WEIGHT)
         if self.team.leads:
@@ -222,7 +231,7 @@ class Fit:
                 grid=self.dataset.dataset.grid,
                 tokenizer=training.tokenizer,
                 resize_mode=self.dataset.dataset.preprocessing.get("resize", "crop"),
-                tensors={"optimiser": moments},
+                tensors=tensors,
                 state=training.state(self.settings),
                 files={SNAPSHOT: training.snapshot.to_bytes()},
                 stage=self.stage,
