@@ -28,7 +28,7 @@ from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
 from latentclip.initial import start_from
 from latentclip.latent_space import LatentSpace
-from latentclip.model import Config, build_model, resolve_config
+from latentclip.model import Config, build_model, require_tokenizer, resolve_config
 from latentclip.place import Team
 from latentclip.snapshot import Snapshot, read_snapshot
 from latentclip.text import Tokenizer, load_tokenizer
@@ -183,6 +183,7 @@ def _on_device(
     settings: FitSettings,
     device: torch.device,
 ) -> Training:
+    require_tokenizer(model, tokenizer)
     check_micro_batch(model, settings.micro_batch)
     model = model.train().to(device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:

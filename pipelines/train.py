@@ -21,10 +21,11 @@ from typing import Any
 
 import ray
 
+from latentclip.accumulation import check_micro_batch
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import FitSettings, check_settings
-from latentclip.model import build_model, resolve_config
+from latentclip.model import build_model, require_tokenizer, resolve_config
 from latentclip.opened import token_notices
 from latentclip.pinning import notices
 from latentclip.records import differences
@@ -88,7 +89,10 @@ def describe(config: TrainConfig) -> str:
         f"{config.settings.model} ({millions:.1f} M parameters) on {pairs} pairs in {len(dataset)} shards of "
         f"{dataset.space}, batch {config.settings.batch_size}, {config.workers} workers"
     )
-    unused = token_notices(dataset, load_tokenizer(model_config), config.settings.model)
+    tokenizer = load_tokenizer(model_config)
+    require_tokenizer(model, tokenizer)
+    check_micro_batch(model, config.settings.micro_batch)
+    unused = token_notices(dataset, tokenizer, config.settings.model)
     return "\ntrain: ".join([line, *notices(dataset), *unused])
 
 
