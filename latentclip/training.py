@@ -147,7 +147,6 @@ def training_step(
     """
     for group in optimiser.param_groups:
         group["lr"] = rate * group["share"]
-    optimiser.zero_grad(set_to_none=True)
     context = autocast(latents.device, settings.precision)
     loss, logit_scale = backward(model, loss_function, latents, text, micro_batch, context)
     if embedding_only:
@@ -162,6 +161,7 @@ def training_step(
     if settings.gradient_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
     optimiser.step()
+    optimiser.zero_grad(set_to_none=True)  # now, so that a checkpoint is written without them in memory
     clamp_logit_scale(model, settings.max_logit_scale)
     return {"loss": loss, "gradient_norm": norm.detach(), "logit_scale": logit_scale}
 
