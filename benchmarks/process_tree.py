@@ -65,8 +65,12 @@ class PeakMemory(threading.Thread):
     def run(self) -> None:
         """Sample until it is over."""
         while not self._over.wait(self.every):
-            for name, held in memory(self.process).items():
-                self.peak[name] = max(self.peak[name], held)
+            self.look()
+
+    def look(self) -> None:
+        """Take a sample."""
+        for name, held in memory(self.process).items():
+            self.peak[name] = max(self.peak[name], held)
 
     def stop(self) -> dict[str, int]:
         """End, and return the peaks in bytes."""

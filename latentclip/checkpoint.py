@@ -5,6 +5,7 @@
         model.json           the resolved config, in open_clip's shape
         latent_space.json    what the model reads: latent space, grid, and how images become square
         tokenizer/           its files, and the text tower's architecture
+        average.safetensors  the moving average of the weights, where there is one: what the model is used with
         *.safetensors        further tensors of a training, e.g. the optimizer's
         state.json           further values of a training
         snapshot.json        the shards that it is trained on
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from latentclip._commit import COMMIT, commit, is_good, put_in_place, remove, verify_checkpoint
+from latentclip.average import WeightAverage
 from latentclip.claim import require
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
@@ -139,9 +141,10 @@ def find_checkpoint(path: str | Path) -> Path:
     raise UsageError(f"{path} is no checkpoint, nor a run with a good one in checkpoints/; give the folder of one")
 
 
-def read_model(folder: Path) -> tuple[CLIP | CustomTextCLIP, Config, Tokenizer]:
+def read_model(folder: Path, *, averaged: bool = False) -> tuple[CLIP | CustomTextCLIP, Config, Tokenizer]:
     """Model with its weights, config and tokenizer of a checked checkpoint; needs neither hub nor packages.
 
+    The weights are those that training goes on from or, if they are to be `averaged` and there are some, the averages.
     The model is as `build_model` leaves it: in training mode, and what is locked is frozen. Raises UsageError, naming
     the first offending tensor, if the weights do not fit the config or are not finite.
     """
@@ -149,6 +152,10 @@ def read_model(folder: Path) -> tuple[CLIP | CustomTextCLIP, Config, Tokenizer]:
     space, grid = read_space(folder)
     model = build_model(config, space, grid, text_folder=folder / "tokenizer")
     load_weights(model, folder / "model.safetensors")
+    if averaged and (folder / "average.safetensors").is_file():
+        average = WeightAverage(model, decay=0)
+        average.load(read_tensors(folder, "average"))
+        model.load_state_dict(average.tensors, strict=False)
     return model, config, load_tokenizer(config, folder / "tokenizer")
 
 

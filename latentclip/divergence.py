@@ -9,6 +9,7 @@ alone, which a run's log holds: a training that goes on judges as one that was n
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 SMOOTHED_STEPS = 20
 """Steps over which the loss is smoothed: in its exponential average a step weighs a 20th."""
@@ -60,9 +61,11 @@ class Watch:
         """
         return math.inf if math.isinf(self.rise) else self.calm - SMOOTHED_STEPS
 
-    def verdict(self) -> str:
-        """What has become of the loss, for a sentence."""
+    def verdict(self, good: Path | None) -> str:
+        """The sentence for the user; `good` is the last good checkpoint."""
+        source = f" from the last good checkpoint {good}" if good else ""
         return (
             f"the loss, smoothed over {SMOOTHED_STEPS} steps, has been more than {self.rise:g} above its lowest "
-            f"({self.lowest:.4g}) since step {self.risen}, and is {self.level:.4g} at step {self.step}"
+            f"({self.lowest:.4g}) since step {self.risen}, and is {self.level:.4g} at step {self.step}: start another "
+            f"run{source} with a lower learning rate (--start-from), or go on with --max-rise None"
         )

@@ -40,7 +40,6 @@ from latentclip.training import (
     all_finite,
     build_loss,
     learning_rate,
-    optimiser_tensors,
     training_step,
 )
 
@@ -144,8 +143,7 @@ class Fit:
                         break
                     if due:
                         self.save()
-            self.save()
-            self.saver.finish()
+            self.save(last=True)
             self.team.wait()
         finally:
             self.saver.close()
@@ -174,7 +172,11 @@ class Fit:
             settings.optimisation,
             rate,
             team.all_true,
+            micro_batch=settings.micro_batch,
+            embedding_only=self.progress < settings.optimisation.embedding_first,
         )
+        if self.training.average:
+            self.training.average.update(self.training.model, self.step)
         metrics["loss"] = team.mean(metrics["loss"])  # each rank's is that of its part of the batch
         seeds = team.all_of(batch["seeds"])
         if self.log:
@@ -213,10 +215,7 @@ class Fit:
         """The sentence that ends a diverged training; empty where its log is not."""
         if self.log is None:
             return ""
-        watch = self.log.watch
-        good = newest_good(self.run_folder, watch.sound_until)
-        remedy = f"start another run from the last good checkpoint {good}" if good else "start another run"
-        return f"{watch.verdict()}: {remedy} with a lower learning rate, or go on with --max-rise None"
+        return self.log.watch.verdict(newest_good(self.run_folder, self.log.watch.sound_until))
 
     def _log(self) -> None:
         """Write the log, and report its last line."""
@@ -240,15 +239,16 @@ class Fit:
         assert self.settings.max_minutes is not None
         return max(0.0, 60 * self.settings.max_minutes - self.training.elapsed)
 
-    def save(self) -> None:
-        """Let rank 0 write a checkpoint of this step, unless it has one, and drop old ones, while the training goes on.
+    def save(self, last: bool = False) -> None:
+        """Let rank 0 write a checkpoint of this step, unless it has one, and drop old ones.
 
+        The training goes on meanwhile, unless this is its `last` one, which is there on return.
         Raises NotFiniteError on every rank, before anything is written, if a weight or moment is not finite on one.
         """
         if self.saved_step == self.step:
             return
-        training, moments = self.training, optimiser_tensors(self.training.optimiser)
-        values = [*training.model.state_dict().values(), *moments.values()]
+        training, tensors = self.training, self.training.tensors()
+        values = [value for kind in (training.model.state_dict(), *tensors.values()) for value in kind.values()]
         if not self.team.all_true(all_finite(values).reshape(1)).item():
             raise NotFiniteError(WEIGHT)
         if self.log:
@@ -256,6 +256,7 @@ class Fit:
             run, step, newest = self.run_folder, self.step, self.settings.keep_checkpoints
             self.saver.save(
                 step_folder(run, step),
+                beside=not last,
                 then=partial(delete_old, run, step, newest, self.log.watch.sound_until),
                 model=training.model,
                 config=training.config,
@@ -263,7 +264,7 @@ class Fit:
                 grid=self.dataset.dataset.grid,
                 tokenizer=training.tokenizer,
                 resize_mode=self.dataset.dataset.preprocessing.get("resize", "crop"),
-                tensors={"optimiser": moments},
+                tensors=tensors,
                 state=training.state(self.settings),
                 files={SNAPSHOT: training.snapshot.to_bytes()},
                 stage=self.stage,

@@ -29,6 +29,16 @@ class FitSettings:
     """Minutes to train for; the learning rate then follows the clock."""
     batch_size: int = 256
     """Pairs in a batch, over all workers."""
+    micro_batch: int | None = None
+    """Pairs that a worker computes at a time; the rest of its share is accumulated, exactly. Default: all at once."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest again in the backward pass: slower, less memory."""
+    compile: bool = False
+    """Compile the towers with torch.compile: faster steps on GPUs, after minutes of compiling."""
+    average: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what a checkpoint is used with."""
+    start_from: str | None = None
+    """Weights to start from: a checkpoint, or an open_clip folder or hub name, of pixels or latents."""
     optimisation: Annotated[Optimisation, Flat] = field(default_factory=Optimisation)
     augmentation: Annotated[LatentAugmentation, Flat] = field(default_factory=LatentAugmentation)
     plain_share: float = 0.0
@@ -55,11 +65,13 @@ def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
     """Raise UsageError, before anything is built, if this data cannot be trained on with these settings."""
     if (settings.steps is None) == (settings.max_minutes is None):
         raise UsageError("give either --steps or --max-minutes, to say how long to train")
-    counted = ("steps", "batch_size", "keep_checkpoints", "log_steps", "max_rise_steps")
+    counted = ("steps", "batch_size", "micro_batch", "keep_checkpoints", "log_steps", "max_rise_steps")
     require_at_least(1, **{name: getattr(settings, name) for name in counted})
     require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
     require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
-    require_at_least(0, max_skips=settings.max_skips)
+    require_at_least(0, max_skips=settings.max_skips, text_rate=settings.optimisation.text_rate)
+    if settings.average is not None and not 0 < settings.average < 1:
+        raise UsageError(f"--average is {settings.average}; give a decay between 0 and 1, such as 0.9999")
     if settings.max_rise is not None and settings.max_rise <= 0:
         raise UsageError(f"--max-rise is {settings.max_rise}; give nats above 0, or None")
     if settings.wandb:

@@ -103,7 +103,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
     Needs neither network nor packages of pretrained models. Raises UsageError if it is missing, damaged or hostile.
     """
     folder = find_checkpoint(path)
-    model, _, tokenizer = read_model(folder)
+    model, _, tokenizer = read_model(folder, averaged=True)
     space, grid = read_space(folder)
     mode = read_json(folder, "latent_space.json").get("resize_mode", "crop")
     return Loaded(model.eval().requires_grad_(False).to(device), tokenizer, space, grid, mode, folder)

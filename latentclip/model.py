@@ -28,7 +28,7 @@ from torch import nn
 from latentclip import hub
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
-from latentclip.text import FrozenTextEncoder, pretrained_folder
+from latentclip.text import FrozenTextEncoder, Tokenizer, pretrained_folder
 
 Config = dict[str, Any]
 _CONFIGS = Path(__file__).parent / "model_configs"
@@ -105,6 +105,16 @@ def build_model(
     elif locked:
         model.lock_text_tower()
     return model
+
+
+def require_tokenizer(model: CLIP | CustomTextCLIP, tokenizer: Tokenizer) -> None:
+    """Raise UsageError if a tokenizer has tokens that the model's text tower has no embedding for."""
+    tower = model if isinstance(model, CLIP) else model.text
+    if tokenizer.vocabulary > tower.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocabulary} tokens, and the model's text tower {tower.vocab_size}; give "
+            "vocab_size or hf_tokenizer_name in text_cfg of the model config so that they agree"
+        )
 
 
 class TimmTower(TimmModel):

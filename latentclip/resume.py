@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
+from torch import Tensor
 
 from latentclip._commit import verify_checkpoint
+from latentclip.accumulation import check_micro_batch
+from latentclip.average import WeightAverage
 from latentclip.checkpoint import (
     checkpoint_folders,
     read_json,
@@ -24,12 +27,16 @@ from latentclip.checkpoint import (
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
+from latentclip.initial import start_from
 from latentclip.latent_space import LatentSpace
-from latentclip.model import Config, build_model, resolve_config
+from latentclip.model import Config, build_model, require_tokenizer, resolve_config
 from latentclip.place import Team
 from latentclip.snapshot import Snapshot, read_snapshot
 from latentclip.text import Tokenizer, load_tokenizer
 from latentclip.training import build_optimiser, load_optimiser, optimiser_tensors
+
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+"""What the sigmoid loss starts from, where a config does not say it (Zhai et al., 2023, section 3.2)."""
 
 
 @dataclass
@@ -38,6 +45,7 @@ class Training:
 
     model: CLIP | CustomTextCLIP
     optimiser: torch.optim.AdamW
+    average: WeightAverage | None
     config: Config
     tokenizer: Tokenizer
     snapshot: Snapshot
@@ -55,6 +63,11 @@ class Training:
     def data_step(self) -> int:
         """Number of the batch that the next step takes."""
         return data_step(self.step, self.skips)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What its checkpoint holds beside the weights, a file each."""
+        average = {"average": self.average.tensors} if self.average else {}
+        return {"optimiser": optimiser_tensors(self.optimiser), **average}
 
     def state(self, settings: FitSettings) -> dict[str, Any]:
         """What its checkpoint holds as state.json."""
@@ -140,8 +153,10 @@ def begin(dataset: LatentDataset, settings: FitSettings, device: torch.device) -
     """A training at its start; the weights depend on the seed alone."""
     torch.manual_seed(settings.seed)
     space, grid = dataset.space, dataset.dataset.grid
-    config = resolve_config(settings.model, space, grid)
+    config = training_config(dataset, settings)
     model, tokenizer = build_model(config, space, grid), load_tokenizer(config)
+    if settings.start_from:
+        start_from(model, settings.start_from)
     return _on_device(model, config, tokenizer, dataset.snapshot, settings, device)
 
 
@@ -150,7 +165,7 @@ def restore(folder: Path, dataset: LatentDataset, settings: FitSettings, device:
     state = _read_state(folder, settings)
     space, grid = read_space(folder)
     dataset.space.require_same_encoder(space, mine=f"the data {dataset.source}", theirs=f"the run {folder}")
-    expected = resolve_config(settings.model, dataset.space, dataset.dataset.grid)
+    expected = training_config(dataset, settings)
     if read_json(folder, "model.json") != expected or grid != dataset.dataset.grid:
         raise UsageError(f"{folder} is of another model than {settings.model}; use that model, or another run folder")
     model, config, tokenizer = read_model(folder)
@@ -159,6 +174,8 @@ def restore(folder: Path, dataset: LatentDataset, settings: FitSettings, device:
     if len(tensors) != state["optimiser_tensors"]:
         raise UsageError(f"{folder} lacks a part of the optimiser's state; use an older checkpoint")
     load_optimiser(training.optimiser, tensors)
+    if training.average:
+        training.average.load(read_tensors(folder, "average"))
     training.step, training.elapsed, training.skips = state["step"], state["elapsed"], tuple(state["skips"])
     training.checkpoint = folder
     return training
@@ -172,8 +189,24 @@ def _on_device(
     settings: FitSettings,
     device: torch.device,
 ) -> Training:
+    require_tokenizer(model, tokenizer)
+    check_micro_batch(model, settings.micro_batch)
     model = model.train().to(device, memory_format=torch.channels_last)
-    return Training(model, build_optimiser(model, settings.optimisation), config, tokenizer, snapshot)
+    if settings.gradient_checkpointing:
+        model.set_grad_checkpointing()
+    optimiser = build_optimiser(model, settings.optimisation)  # which freezes what is not trained
+    average = WeightAverage(model, settings.average) if settings.average else None
+    if settings.compile:
+        model.compile()
+    return Training(model, optimiser, average, config, tokenizer, snapshot)
+
+
+def training_config(dataset: LatentDataset, settings: FitSettings) -> Config:
+    """The config of the model that is trained: that of its name, for this data and this objective."""
+    config = resolve_config(settings.model, dataset.space, dataset.dataset.grid)
+    if settings.optimisation.loss == "siglip":
+        config = {**SIGLIP, **config}
+    return config
 
 
 def _identity(settings: FitSettings) -> dict[str, int]:

@@ -3,7 +3,7 @@
     saver = Saver()
     saver.save(folder, then=..., model=model, tensors={"optimiser": ...}, ...)    # further ones as of save_checkpoint
     saver.check()       # in each step: raises what went wrong meanwhile
-    saver.finish()      # at the end: waits
+    saver.finish()      # waits
 
 Hashing, writing and waiting for the disk take most of a checkpoint's time and none of the accelerator's. What is
 written is the copy, so that it is the state of one step, whatever the training does meanwhile; and there is a single
@@ -45,13 +45,20 @@ class Saver:
         model: nn.Module,
         tensors: Mapping[str, Mapping[str, Tensor]],
         then: Callable[[], None],
+        beside: bool = True,
         **rest: Any,
     ) -> None:
         """Begin to write a checkpoint as `save_checkpoint` does, once the one under way is written; `then` follows it.
 
-        Raises what went wrong with that one.
+        One that is not to be written `beside` the training is there on return, and takes no copy. Raises what went
+        wrong with the one under way.
         """
         self.finish()
+        if not beside:
+            self.copies.clear()
+            save_checkpoint(folder, model=model, tensors=tensors, **rest)
+            then()
+            return
         weights = self._copy("", model.state_dict())
         others = {name: self._copy(name, values) for name, values in tensors.items()}
 

@@ -177,6 +177,7 @@ class FrozenTextEncoder(nn.Module):
         self.forget()
         return super()._apply(fn, recurse)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _pooled(self, tokens: Tensor) -> Tensor:
         """Pooled vectors (b, width) float32, from the kept ones where they are there."""

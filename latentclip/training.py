@@ -12,8 +12,12 @@ import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
+from latentclip.accumulation import backward
 from latentclip.errors import UsageError
 from latentclip.losses import SharedClipLoss, SharedSigLipLoss
+
+EMBEDDING = ("visual.conv1.weight", "visual.positional_embedding")
+"""What of open_clip's vision transformer depends on the pixels or latents it reads, and on their grid."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Optimisation:
     """Contrastive objective: softmax (CLIP) or sigmoid (SigLIP)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast to bf16, or not; auto uses it on accelerators that have it."""
+    text_rate: float = 1.0
+    """Learning rate of the text tower as a share of the other's; 0 freezes it (LiT: Zhai et al., 2022)."""
+    embedding_first: float = 0.0
+    """Share of the training, at its start, in which the patch embedding and its positions alone move: where all other
+    weights come from a pixel CLIP (`--start-from`), they wait until it has learned to read latents."""
 
 
 def learning_rate(progress: float, settings: Optimisation) -> float:
@@ -51,15 +60,31 @@ def learning_rate(progress: float, settings: Optimisation) -> float:
 
 
 def build_optimiser(model: nn.Module, settings: Optimisation) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices that are trained, as open_clip groups them."""
-    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    if not trained:
+    """AdamW with weight decay on the matrices that are trained, as open_clip groups them.
+
+    A group's `share` is that of the learning rate which its weights get. Freezes the text tower if its share is 0.
+    """
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for matrix in (True, False):
+        for name, value in model.named_parameters():
+            share = settings.text_rate if is_of_text(name) else 1.0
+            value.requires_grad_(value.requires_grad and share > 0)
+            if value.requires_grad and (value.ndim >= 2) == matrix:
+                groups.setdefault((matrix, share), []).append(value)
+    if not groups:
         raise UsageError("every weight of the model is frozen; unlock a tower in its configuration")
-    matrices = [value for _, value in trained if value.ndim >= 2]
-    others = [value for _, value in trained if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    options = [
+        {"params": values, "weight_decay": settings.weight_decay if matrix else 0.0, "share": share}
+        for (matrix, share), values in groups.items()
+    ]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon)
+    # Fused: one pass over the weights and no copies of them, on CPUs too.
+    return torch.optim.AdamW(options, lr=settings.learning_rate, betas=betas, eps=settings.epsilon, fused=True)
+
+
+def is_of_text(name: str) -> bool:
+    """Whether a weight of open_clip's CLIP or CustomTextCLIP belongs to the text tower."""
+    return not name.startswith(("visual.", "logit_"))
 
 
 def build_loss(
@@ -109,20 +134,23 @@ def training_step(
     settings: Optimisation,
     rate: float,
     agree: Callable[[Tensor], Tensor] = lambda flags: flags,
+    *,
+    micro_batch: int | None = None,
+    embedding_only: bool = False,
 ) -> dict[str, Tensor]:
     """Move the weights by one batch (latents (b, c, h, w), text (b, context)) at learning rate `rate`.
 
     Returns detached scalars: loss, gradient_norm, logit_scale. Raises NotFiniteError and leaves the weights as they
     are if one of CHECKED is not finite. `agree` makes of this worker's flags (n,) bool those that all workers share;
-    each comes that far whatever it has found, so that none waits for another.
+    each comes that far whatever it has found, so that none waits for another. At most `micro_batch` samples are
+    computed at a time; with `embedding_only` only the patch embedding and its positions move.
     """
     for group in optimiser.param_groups:
-        group["lr"] = rate
-    with autocast(latents.device, settings.precision):
-        image_features, text_features, logit_scale, *logit_bias = model(latents, text)
-        loss = loss_function(image_features, text_features, logit_scale, *logit_bias)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+        group["lr"] = rate * group["share"]
+    context = autocast(latents.device, settings.precision)
+    loss, logit_scale = backward(model, loss_function, latents, text, micro_batch, context)
+    if embedding_only:
+        drop_gradients_but_of_embedding(model)
     trained = [value for group in optimiser.param_groups for value in group["params"]]
     gradients = [value.grad for value in trained if value.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -133,8 +161,17 @@ def training_step(
     if settings.gradient_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
     optimiser.step()
+    optimiser.zero_grad(set_to_none=True)  # now, so that a checkpoint is written without them in memory
     clamp_logit_scale(model, settings.max_logit_scale)
-    return {"loss": loss.detach(), "gradient_norm": norm.detach(), "logit_scale": logit_scale.detach()}
+    return {"loss": loss, "gradient_norm": norm.detach(), "logit_scale": logit_scale}
+
+
+def drop_gradients_but_of_embedding(model: nn.Module) -> None:
+    """Leave a gradient to EMBEDDING alone; the optimiser passes over weights without one."""
+    bare: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    for name, value in bare.named_parameters():
+        if name not in EMBEDDING:
+            value.grad = None
 
 
 @torch.no_grad()
@@ -165,6 +202,9 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor])
         expected = () if name == "step" else parameters[int(index)].shape
         if value.shape != expected or not value.is_floating_point() or not value.isfinite().all():
             raise UsageError(f"{key} of the optimiser's state is of another model, or not finite")
+        if name != "step":
+            # The fused update reads weights and moments in the order in which they lie in memory.
+            value = torch.empty_like(parameters[int(index)]).copy_(value)
         state.setdefault(int(index), {})[name] = value
     for number, values in state.items():
         if set(values) != {"step", "exp_avg", "exp_avg_sq"}:

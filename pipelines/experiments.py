@@ -108,6 +108,7 @@ def _paper(description: str, model: str) -> Experiment:
                 steps=415_000,
                 batch_size=81_920,
                 optimisation=Optimisation(warmup=3000 / 415_000),
+                gradient_checkpointing=True,
                 checkpoint_minutes=30,
             ),
         ),

@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from latentclip.accumulation import check_micro_batch
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
-from latentclip.fit import check_settings
-from latentclip.model import build_model, resolve_config
+from latentclip.fit import FitSettings, check_settings
+from latentclip.model import build_model, require_tokenizer, resolve_config
 from latentclip.opened import token_notices
 from latentclip.pinning import notices
 from latentclip.records import differences
@@ -38,15 +40,10 @@ from pipelines.train_group import Group
 
 CONFIG = "train.config.json"
 FREE_TO_CHANGE = (
-    "log_steps",
-    "checkpoint_minutes",
-    "keep_checkpoints",
-    "max_skips",
-    "max_rise",
-    "max_rise_steps",
-    "wandb",
+    *("log_steps", "checkpoint_minutes", "keep_checkpoints", "max_skips", "max_rise", "max_rise_steps", "wandb"),
+    *("micro_batch", "gradient_checkpointing", "compile"),
 )
-"""Settings that may differ when a run goes on: they do not change what is learned."""
+"""Settings that may differ when a run goes on: they do not change what is learned, but for rounding."""
 
 
 def check_run(config: TrainConfig) -> None:
@@ -56,6 +53,7 @@ def check_run(config: TrainConfig) -> None:
     except FileNotFoundError:
         return
     now = json.loads(json.dumps(asdict(config.settings)))
+    before = _with_defaults(before, json.loads(json.dumps(asdict(FitSettings()))))
     for name in FREE_TO_CHANGE:
         before.pop(name, None), now.pop(name, None)
     if before != now:
@@ -63,6 +61,16 @@ def check_run(config: TrainConfig) -> None:
             f"the run {config.run} was begun with other settings ({differences(before, now)}); "
             "use those, or another --run folder"
         )
+
+
+def _with_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they stand in a file, and what an older version did not write into it."""
+    nested = {
+        name: _with_defaults(values[name], default)
+        for name, default in defaults.items()
+        if name in values and isinstance(default, dict)
+    }
+    return {**defaults, **values, **nested}
 
 
 def describe(config: TrainConfig) -> str:
@@ -81,7 +89,10 @@ def describe(config: TrainConfig) -> str:
         f"{config.settings.model} ({millions:.1f} M parameters) on {pairs} pairs in {len(dataset)} shards of "
         f"{dataset.space}, batch {config.settings.batch_size}, {config.workers} workers"
     )
-    unused = token_notices(dataset, load_tokenizer(model_config), config.settings.model)
+    tokenizer = load_tokenizer(model_config)
+    require_tokenizer(model, tokenizer)
+    check_micro_batch(model, config.settings.micro_batch)
+    unused = token_notices(dataset, tokenizer, config.settings.model)
     return "\ntrain: ".join([line, *notices(dataset), *unused])
 
 

@@ -78,4 +78,4 @@ def test_it_goes_on_where_it_is_told_to(latents: LatentDataset, tmp_path: Path) 
 
 def test_without_a_checkpoint_there_is_none_to_name(latents: LatentDataset, tmp_path: Path) -> None:
     made = learning(latents, tmp_path, until=END, max_rise=0.001, max_rise_steps=1)
-    assert ": start another run with a lower learning rate, or go on with --max-rise None" in sentence(made)
+    assert ": start another run with a lower learning rate (--start-from), or" in sentence(made)

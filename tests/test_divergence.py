@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ def test_it_can_be_turned_off() -> None:
 
 def test_the_verdict_names_the_losses_and_the_step() -> None:
     watch = seen([1.0] * 50 + [3.0] * 300)
-    assert watch.verdict() == (
-        "the loss, smoothed over 20 steps, has been more than 1 above its lowest (1) since step 63, "
-        "and is 3 at step 349"
+    assert watch.verdict(Path("good")) == (
+        "the loss, smoothed over 20 steps, has been more than 1 above its lowest (1) since step 63, and is 3 at step "
+        "349: start another run from the last good checkpoint good with a lower learning rate (--start-from), or go on "
+        "with --max-rise None"
     )

@@ -14,12 +14,13 @@ from open_clip.transformer import VisionTransformer
 
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
-from latentclip.model import build_model, model_names, resolve_config
+from latentclip.model import build_model, model_names, require_tokenizer, resolve_config
 from latentclip.text import FrozenTextEncoder, load_tokenizer
 
 SDXL = LatentSpace("sdxl", channels=4, factor=8, scaling_factor=0.13025, shift_factor=0.0, encoder_hash="0" * 16)
 SMALL = LatentSpace("small", channels=16, factor=8, scaling_factor=1.0, shift_factor=0.0, encoder_hash="1" * 16)
 DEEP = LatentSpace("deep", channels=32, factor=32, scaling_factor=0.4, shift_factor=0.0, encoder_hash="2" * 16)
+VIT = {"layers": 1, "width": 16, "head_width": 8, "patch_size": 2}
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 needs_minilm = pytest.mark.skipif(
@@ -161,3 +162,14 @@ def test_unknown_names_list_the_known(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         build_model(tmp_path / "none.json", SMALL, 8)
     assert model_names() == sorted(model_names())
+
+
+@needs_minilm
+def test_a_tokenizer_with_more_tokens_than_the_text_tower_is_refused() -> None:
+    """Else an embedding is looked up that is not there, in the middle of a training."""
+    text = TEXT | {"vocab_size": 1000}
+    config = resolve_config({"embed_dim": 16, "vision_cfg": dict(VIT), "text_cfg": text}, SDXL, 8)
+    with pytest.raises(UsageError, match="the tokenizer has 49408 tokens, and the model's text tower 1000; give"):
+        require_tokenizer(build_model(config, SDXL, 8), load_tokenizer(config))
+    config["text_cfg"] = TEXT | {"hf_tokenizer_name": "sentence-transformers/all-MiniLM-L6-v2", "vocab_size": 30_522}
+    require_tokenizer(build_model(config, SDXL, 8), load_tokenizer(config))

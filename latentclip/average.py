@@ -1,0 +1,42 @@
+"""An exponential moving average of a model's weights: better than the last step's where steps are noisy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from latentclip.errors import UsageError
+
+
+class WeightAverage:
+    """The average of all weights that are trained, and of buffers such as running statistics.
+
+    The decay rises from 0.1 to `decay` as `(1 + step) / (10 + step)`, so that the initial weights are soon forgotten
+    (the rule of TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: value.detach().clone() for name, value in averaged(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after `step` (counted from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.tensors.values()), list(averaged(model).values()), 1 - decay)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from the average that a checkpoint holds; raises UsageError for tensors of another model."""
+        for name, value in self.tensors.items():
+            if name not in tensors or tensors[name].shape != value.shape or not tensors[name].isfinite().all():
+                raise UsageError(
+                    f"the average of {name} is missing, of another shape or not finite; use an older checkpoint"
+                )
+            value.copy_(tensors[name])
+
+
+def averaged(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model is averaged, by the names of its state dict: a frozen weight stays what it is."""
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point() and name not in frozen}

@@ -1,0 +1,129 @@
+"""Weights to start from: a pixel CLIP's, an older run's, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from fits import MODEL, fit, lines, small_latents
+from safetensors.torch import save_file
+
+from latentclip.checkpoint import newest_good, read_model
+from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
+from latentclip.model import build_model
+from latentclip.training import EMBEDDING, Optimisation
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> LatentDataset:
+    return small_latents(tmp_path / "latents")
+
+
+def pixel_clip(folder: Path, **changes: Any) -> open_clip.CLIP:
+    """A CLIP of the same towers on 32 x 32 pixels in patches of 8: other positions than those of 4 x 4 latents."""
+    config = json.loads(MODEL.read_text())
+    config["vision_cfg"] |= {"image_size": 32, "patch_size": 8, **changes}
+    torch.manual_seed(7)
+    model = open_clip.CLIP(**config)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model
+
+
+def begun(latents: LatentDataset, run: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    made = fit(latents, run, **changes)
+    return {name: value.clone() for name, value in made.training.model.state_dict().items()}
+
+
+def test_all_but_the_patch_embedding_comes_from_a_pixel_clip(latents: LatentDataset, tmp_path: Path) -> None:
+    theirs = pixel_clip(tmp_path / "pixels").state_dict()
+    mine = begun(latents, tmp_path / "run", start_from=str(tmp_path / "pixels"))
+    assert mine["visual.conv1.weight"].shape == (16, 4, 2, 2)
+    assert mine["visual.positional_embedding"].shape == (5, 16)
+    assert torch.equal(mine["visual.positional_embedding"][0], theirs["visual.positional_embedding"][0])
+    same = {name for name in theirs if name not in EMBEDDING}
+    assert all(torch.equal(mine[name], theirs[name]) for name in same)
+
+
+def test_the_embedding_moves_first_and_then_everything(latents: LatentDataset, tmp_path: Path) -> None:
+    pixel_clip(tmp_path / "pixels")
+    recipe = Optimisation(embedding_first=0.5, warmup=0.0)
+    options = {"start_from": str(tmp_path / "pixels"), "optimisation": recipe}
+    start = begun(latents, tmp_path / "start", **options)
+    fit(latents, tmp_path / "half", until=4, **options).run()
+    half = read_model(newest_good(tmp_path / "half"))[0].state_dict()
+    moved = {name for name, value in start.items() if not torch.equal(value, half[name])}
+    assert moved == set(EMBEDDING)
+    fit(latents, tmp_path / "half", **options).run()
+    end = read_model(newest_good(tmp_path / "half"))[0].state_dict()
+    assert all(not torch.equal(value, end[name]) for name, value in half.items())
+    fit(latents, tmp_path / "whole", **options).run()
+    assert lines(tmp_path / "half") == lines(tmp_path / "whole")
+
+
+def test_an_older_run_can_be_started_from(latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path / "old", until=2).run()
+    old = read_model(newest_good(tmp_path / "old"))[0].state_dict()
+    mine = begun(latents, tmp_path / "new", start_from=str(tmp_path / "old"))
+    assert all(torch.equal(mine[name], value) for name, value in old.items())
+
+
+def test_other_towers_are_refused_by_the_first_tensor(latents: LatentDataset, tmp_path: Path) -> None:
+    pixel_clip(tmp_path / "pixels", layers=2)
+    with pytest.raises(
+        UsageError, match=r"visual\.transformer\.resblocks\.1\S+ is \(48,\) in \S+ and missing in the model"
+    ):
+        begun(latents, tmp_path / "run", start_from=str(tmp_path / "pixels"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no open_clip_model.safetensors"),
+        ({"open_clip_model.safetensors": b"no weights"}, "cannot be read"),
+    ],
+)
+def test_what_is_no_model_is_a_sentence(
+    files: dict[str, bytes], message: str, latents: LatentDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "pixels").mkdir()
+    for name, content in files.items():
+        (tmp_path / "pixels" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        begun(latents, tmp_path / "run", start_from=str(tmp_path / "pixels"))
+
+
+def test_weights_that_are_not_finite_are_named(latents: LatentDataset, tmp_path: Path) -> None:
+    model = pixel_clip(tmp_path / "pixels")
+    model.ln_final.weight.data[0] = float("inf")
+    save_file(model.state_dict(), tmp_path / "pixels" / "open_clip_model.safetensors")
+    with pytest.raises(UsageError, match=r"ln_final\.weight in \S+ is not finite"):
+        begun(latents, tmp_path / "run", start_from=str(tmp_path / "pixels"))
+
+
+def test_the_text_tower_has_a_pace_of_its_own(latents: LatentDataset, tmp_path: Path) -> None:
+    def moved(name: str, rate: float) -> dict[str, float]:
+        recipe = Optimisation(text_rate=rate, weight_decay=0.0, warmup=0.0, learning_rate=1e-4)
+        start = begun(latents, tmp_path / name, optimisation=recipe)
+        fit(latents, tmp_path / name, until=1, optimisation=recipe).run()
+        end = read_model(newest_good(tmp_path / name))[0].state_dict()
+        return {key: (end[key] - value).abs().max().item() for key, value in start.items()}
+
+    same, slow, frozen = (moved(name, rate) for name, rate in (("same", 1.0), ("slow", 0.1), ("frozen", 0.0)))
+    assert slow["text_projection"] == pytest.approx(0.1 * same["text_projection"], rel=1e-2)
+    assert slow["visual.proj"] == pytest.approx(same["visual.proj"], rel=1e-6)
+    assert frozen["text_projection"] == frozen["token_embedding.weight"] == 0
+    assert frozen["logit_scale"] == same["logit_scale"] > 0
+
+
+def test_a_model_of_the_sigmoid_loss_gets_its_bias(latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path / "run", optimisation=Optimisation(loss="siglip"), until=1).run()
+    model, config, _ = read_model(newest_good(tmp_path / "run"))
+    assert model.logit_bias.item() == pytest.approx(-10, abs=0.01)
+    assert config["init_logit_bias"] == -10
+    assert build_model(config, latents.space, 4).logit_bias.item() == -10
