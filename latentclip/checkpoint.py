@@ -38,6 +38,7 @@ from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.model import Config, build_model
 from latentclip.text import Tokenizer, load_tokenizer
+from latentclip.validation_log import best_step
 
 _STEP = re.compile(r"step_([0-9]{8,18})")
 
@@ -113,10 +114,11 @@ def newest_good(run: Path, last: float = math.inf) -> Path | None:
     return next((folder for step, folder in checkpoint_folders(run) if step <= last and is_good(folder)), None)
 
 
-def delete_old(run: Path, step: int, keep: int, sound_until: float = math.inf) -> None:
+def delete_old(run: Path, step: int, keep: int, sound_until: float = math.inf, metric: str | None = None) -> None:
     """Delete what is older than the `keep` newest good checkpoints up to `step`; nothing while there are fewer.
 
-    The newest good one of step `sound_until` or before stays as well. What claims to be of a later step is not of this
+    The newest good one of step `sound_until` or before stays as well, and the one that validation found the best by
+    `metric`. What claims to be of a later step is not of this
     training, and damaged ones do not count: neither makes a good one old. The files of those that count are read.
     """
     steps = [(number, folder) for number, folder in checkpoint_folders(run) if number <= step]
@@ -125,8 +127,9 @@ def delete_old(run: Path, step: int, keep: int, sound_until: float = math.inf) -
     good = (number for number, folder in steps if is_good(folder))
     newest = list(islice(good, keep))
     sound = next((number for number in chain(newest, good) if number <= sound_until), None)
+    best = best_step(run, metric, [number for number, _ in steps]) if metric else None
     for number, folder in steps:
-        if len(newest) == keep and number < newest[-1] and number != sound:
+        if len(newest) == keep and number < newest[-1] and number not in (sound, best):
             remove(folder)
 
 

@@ -253,11 +253,12 @@ class Fit:
             raise NotFiniteError(WEIGHT)
         if self.log:
             self._log()
-            run, step, newest = self.run_folder, self.step, self.settings.keep_checkpoints
+            run, step, keep = self.run_folder, self.step, self.settings.keep_checkpoints
+            sound, metric = self.log.watch.sound_until, self.settings.keep_best
             self.saver.save(
                 step_folder(run, step),
                 beside=not last,
-                then=partial(delete_old, run, step, newest, self.log.watch.sound_until),
+                then=partial(delete_old, run, step, keep, sound, metric),
                 model=training.model,
                 config=training.config,
                 space=self.dataset.space,

@@ -49,6 +49,8 @@ class FitSettings:
     """Minutes between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; damaged ones do not count."""
+    keep_best: str | None = None
+    """Metric of validation.jsonl by which the best checkpoint stays as well, such as `text_to_image_r1`."""
     max_skips: int = 5
     """Batches to skip, over the whole run, because of a number that is not finite; one more ends the training."""
     max_rise: float | None = 1.0

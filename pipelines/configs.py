@@ -80,6 +80,10 @@ class TrainConfig:
     """Folder on each node's own disk for remote shards; default: latentclip-cache-UID in the temporary folder."""
     cache_gb: float = 20.0
     """GB (10⁹ bytes) of that disk that may be used; 0 reads remote shards into each worker's memory instead."""
+    validation_latents: tuple[str, ...] = ()
+    """Latent shards on which checkpoints are judged while the training goes on; several sets as NAME=FOLDER."""
+    validation_minutes: float = 30.0
+    """Minutes from the start of a validation to that of the next, which takes the newest checkpoint."""
     retries: int = 3
     """Times that lost workers are replaced before the job fails; nodes that are taken away with notice do not count."""
     ray_address: str | None = None
@@ -90,7 +94,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(1, min_workers=self.min_workers, threads=self.threads)
         require_at_least(self.min_workers or 1, workers=self.workers)
-        require_at_least(0, retries=self.retries, cache_gb=self.cache_gb)
+        require_at_least(0, retries=self.retries, cache_gb=self.cache_gb, validation_minutes=self.validation_minutes)
+        if self.settings.keep_best and not self.validation_latents:
+            raise UsageError("--keep-best goes by what validation finds; give --validation-latents too")
         if self.cache and is_remote(self.cache):
             raise UsageError(f"--cache is {self.cache!r}; give a folder on the nodes' own disks")
 

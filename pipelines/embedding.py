@@ -108,6 +108,22 @@ def embed(config: EvaluateConfig, sets: Mapping[str, LatentDataset]) -> dict[str
     return {name: _gather(dataset, chunks[name]) for name, dataset in sets.items()}
 
 
+def embed_here(config: EvaluateConfig, sets: Mapping[str, LatentDataset], credentials: Sealed) -> dict[str, Embedded]:
+    """The same in this process, one shard after the other."""
+    embedder = Embedder(config, {name: dataset.space for name, dataset in sets.items()}, credentials)
+    return {
+        name: _gather(
+            dataset,
+            {
+                index: embedder.embed(shard.url, shard.sha256, dataset.space)
+                for index, shard in enumerate(dataset.shards)
+                if shard.rows
+            },
+        )
+        for name, dataset in sets.items()
+    }
+
+
 def _answers(config: EvaluateConfig, sets: Mapping[str, LatentDataset]) -> Iterator[dict[str, Any]]:
     """What the actors make of each shard that holds rows, in the order in which they end."""
     context = ray.data.DataContext.get_current()

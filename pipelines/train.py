@@ -37,10 +37,20 @@ from pipelines.configs import TrainConfig, parse, write_config
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
 from pipelines.train_group import Group
+from pipelines.validation import validation_sources
 
 CONFIG = "train.config.json"
 FREE_TO_CHANGE = (
-    *("log_steps", "checkpoint_minutes", "keep_checkpoints", "max_skips", "max_rise", "max_rise_steps", "wandb"),
+    *(
+        "log_steps",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "keep_best",
+        "max_skips",
+        "max_rise",
+        "max_rise_steps",
+        "wandb",
+    ),
     *("micro_batch", "gradient_checkpointing", "compile"),
 )
 """Settings that may differ when a run goes on: they do not change what is learned, but for rounding."""
@@ -105,8 +115,9 @@ def run(config: TrainConfig) -> bool:
     if Path(settings.model).is_file():
         settings = replace(settings, model=absolute(settings.model))
     cache = absolute(config.cache) if config.cache else None
-    latents = absolute_source(config.latents)
+    latents, validation = absolute_source(config.latents), validation_sources(config)
     config = replace(config, run=absolute(config.run), latents=latents, cache=cache, settings=settings)
+    config = replace(config, validation_latents=validation)
     check_run(config)
     print(f"train: {describe(config)}", flush=True)
     if config.dry_run or is_finished(config):

@@ -32,6 +32,7 @@ from pipelines.credentials import Sealed
 from pipelines.desk import Note, put_up_desk
 from pipelines.train_line import TrainLine
 from pipelines.train_worker import worker
+from pipelines.validation import Validation
 
 TRAIN: Any = ray.train
 """Its types are those of its first version, in whose place its second one runs."""
@@ -115,7 +116,7 @@ class Group:
             _set_by_signals(self.asked),
             TrainLine() as line,
         ):
-            lost = 0
+            lost, self.validation = 0, Validation(self.config, self.claim, line.say)
             while not self.asked.is_set() and not self.is_finished():
                 try:
                     self._fit(scratch, line)
@@ -123,6 +124,8 @@ class Group:
                     lost += 1  # a worker died while it was set up, or one of Ray Train's own processes
                     if lost > self.config.retries:
                         raise
+            if not self.asked.is_set():
+                self.validation.finish()
         return self.asked.is_set()
 
     def _fit(self, scratch: Path, line: TrainLine) -> None:
@@ -187,6 +190,7 @@ class Group:
                 line.say(said)
             shown = len(note.lines)
             line.update(note.metrics)
+            self.validation.poll()
             if running and self.asked.is_set() and note.silent > GONE_SECONDS:
                 raise KeyboardInterrupt
             grow = room.for_more(self._places(note), time.monotonic())

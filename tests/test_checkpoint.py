@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -24,10 +25,12 @@ from latentclip.checkpoint import (
     read_model,
     save_checkpoint,
 )
+from latentclip.claim import claim
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.model import build_model, resolve_config
 from latentclip.text import load_tokenizer
+from latentclip.validation_log import add_validation
 
 SPACE = LatentSpace("small", channels=4, factor=8, scaling_factor=0.5, shift_factor=0.1, encoder_hash="a" * 16)
 GRID = 4
@@ -177,14 +180,17 @@ def test_old_checkpoints_go_and_damaged_ones_do_not_count(saved: Path, tmp_path:
     (run / "step_00000002" / "notes").symlink_to(tmp_path)
     (run / "step_00000000").touch()
 
-    def left(step: int, keep: int) -> list[int]:
-        delete_old(tmp_path, step, keep)
+    def left(step: int, keep: int, sound_until: float = math.inf, metric: str | None = None) -> list[int]:
+        delete_old(tmp_path, step, keep, sound_until, metric)
         return sorted(int(path.name[5:]) for path in run.iterdir())
 
     assert left(step=6, keep=5) == [0, 1, 2, 3, 4, 5, 6, 9], "there are three good ones up to there"
     assert left(step=6, keep=2) == [2, 3, 4, 5, 6, 9]
+    assert left(step=6, keep=1, sound_until=3) == [2, 4, 5, 6, 9], "5 and 6 are damaged"
     assert left(step=6, keep=1) == [4, 5, 6, 9]
-    assert left(step=9, keep=1) == [9]
+    add_validation(tmp_path, claim(tmp_path), 4, {"r1": 0.5})
+    assert left(step=9, keep=1, metric="r1") == [4, 9]
+    assert left(step=9, keep=1, metric="r5") == [9]
     assert run.is_dir()
 
 

@@ -64,6 +64,7 @@ def test_memory_grows_with_what_is_held() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     device = torch.device("cuda", 0)
     held = torch.zeros(2**26, dtype=torch.uint8, device=device)
