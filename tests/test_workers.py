@@ -14,6 +14,7 @@ import torch.multiprocessing
 from fits import BATCH, MODEL, STEPS, fit, lines, small_latents, spoil_latents
 
 from latentclip.dataset import LatentDataset
+from latentclip.errors import UsageError
 from latentclip.model import read_config
 from latentclip.place import Place, Team, team_size
 from latentclip.resume import data_step
@@ -55,6 +56,12 @@ def work(rank: int, root: Path) -> None:
     train(root, rank, 4, "idle", batch_size=10)
     train(root, rank, 2, "siglip", **siglip(root))
     train(root, rank, 2, "spoiled", spoiled_at=3)
+    if rank < 2:
+        recipe = Optimisation(learning_rate=3e-3, warmup=0.0)  # which learns, so that its loss is noisy in the end
+        with pytest.raises(UsageError) as raised:
+            train(root, rank, 2, "risen", 200, steps=200, max_rise=1e-3, max_rise_steps=1, optimisation=recipe)
+        torch.distributed.destroy_process_group()
+        (root / f"risen-{rank}.txt").write_text(str(raised.value))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,12 @@ def test_one_workers_bad_number_sends_all_back(root: Path) -> None:
     positions = [line["position"] for line in lines(root / "spoiled")]
     assert positions == [BATCH * data_step(step, [3]) for step in range(STEPS)]
     assert all(np.isfinite(line["loss"]) for line in lines(root / "spoiled"))
+
+
+def test_a_loss_that_rises_for_good_ends_all_workers_alike(root: Path) -> None:
+    one, two = ((root / f"risen-{rank}.txt").read_text() for rank in range(2))
+    assert one == two
+    assert "above its lowest" in one
 
 
 @pytest.mark.parametrize(("batch", "workers", "size"), [(256, 6, 4), (12, 4, 4), (12, 5, 4), (7, 5, 1), (2, 8, 2)])
