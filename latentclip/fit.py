@@ -202,9 +202,9 @@ class Fit:
         self.saver.check()
         now = time.monotonic()
         late = now - self.saved_time > 60 * self.settings.checkpoint_minutes and not self.saver.busy
-        diverged = self.log is not None and self.log.watch.diverged
+        lost = self.log is not None and self.log.watch.diverged
         elapsed, stopped, due, diverged = self.team.broadcast(
-            self.training.elapsed + now - self.clock, self.team.leads and self.stop(), late, diverged
+            self.training.elapsed + now - self.clock, self.team.leads and self.stop(), late, lost
         )
         self.training.elapsed, self.clock = elapsed, now
         if diverged:

@@ -65,7 +65,9 @@ class StepLog:
         """
         if not self.waiting:
             return {}
-        lines = [{k: v.item() if isinstance(v, Tensor) else v for k, v in line.items()} for line in self.waiting]
+        lines: list[dict[str, Any]] = [
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in line.items()} for line in self.waiting
+        ]
         self.waiting = []
         require(self.stage)
         self._write(json.dumps(line) + "\n" for line in lines)

@@ -115,6 +115,6 @@ class Validation:
         best = self.config.settings.keep_best
         if best and best not in metrics:
             self.say(f"train: --keep-best {best} is none of what validation measures: {', '.join(metrics)}")
-        shown = {best: metrics[best]} if best in metrics else {k: v for k, v in metrics.items() if k.endswith("_r1")}
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        names = [best] if best and best in metrics else [name for name in metrics if name.endswith("_r1")]
+        figures = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
         self.say(f"train: step {self.step:,} validated: {figures}")
