@@ -48,7 +48,7 @@ class StepLog:
                 publish(stage / self.path.name, self.path)
             self.shown = run / "tensorboard"
             with _named(self.shown, stage):
-                self.board = SummaryWriter(str(self.shown), purge_step=step)
+                self.board = SummaryWriter(str(self.shown), purge_step=step + 1)
             self.tracker = Tracker(settings.wandb, run, stage, asdict(settings)) if settings.wandb else None
         except UsageError:
             self._close_file()

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fits import BATCH, STEPS, lines, settings, small_latents
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentclip.claim import ClaimLostError, claim
 from latentclip.errors import UsageError
+from latentclip.fit import Fit
 from latentclip.fit_settings import FitSettings
-from latentclip.step_log import StepLog, log_skip
+from latentclip.step_log import SCALARS, StepLog, log_skip
 
 STEP = {"step": 0, "loss": 2.5, "learning_rate": 0.1, "logit_scale": 10.0, "gradient_norm": 1.0}
 
@@ -71,6 +74,23 @@ def test_a_lost_claim_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(ClaimLostError, match="another training has taken over"):
         skip(tmp_path, lost, 3)
     assert not (tmp_path / "skips.jsonl").exists()
+
+
+def test_what_the_clock_says_is_shown_and_never_in_the_lines(tmp_path: Path) -> None:
+    reported: list[dict[str, float]] = []
+    latents = small_latents(tmp_path / "latents")
+    for until in (3, STEPS):
+        made = Fit(latents, tmp_path / "run", settings(), stop=lambda: made.step >= until, report=reported.append)  # noqa: B023
+        made.run()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    measured = {"samples", "samples_per_second", "data_wait", "memory_gb"}
+    assert set(board.Tags()["scalars"]) == {*SCALARS, *measured}
+    assert [event.value for event in board.Scalars("samples")] == [BATCH * step for step in range(1, STEPS + 1)]
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, STEPS + 1))
+    assert all(values["memory_gb"] > 0 and 0 <= values["data_wait"] <= 1 for values in reported)
+    assert [values["step"] for values in reported] == list(range(1, STEPS + 1))
+    assert reported[-1]["seconds_left"] == 0 < reported[0]["seconds_left"]
+    assert not measured & set(lines(tmp_path / "run")[0])
 
 
 def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:
