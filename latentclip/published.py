@@ -170,8 +170,8 @@ def _agreed(found: Config, stated: dict[str, Any], file: Path) -> Config:
             )
     if (encoder := str(found["vision_cfg"]["latent_encoder_name"])) not in _SCALING:
         raise UsageError(
-            f"{file} reads latents of {encoder[:80]}, whose scaling is not known here; use a checkpoint that reads those "
-            f"of {' or '.join(_SCALING)}"
+            f"{file} reads latents of {encoder[:80]}, whose scaling is not known here; use a checkpoint that reads "
+            f"those of {' or '.join(_SCALING)}"
         )
     return found
 
@@ -190,7 +190,7 @@ def _filled(config: Config, space: LatentSpace, grid: int, towers: dict[str, Ten
                 f"{name} in {file} is {tuple(towers[name].shape)}, but its other weights are of a model where it is "
                 f"{tuple(expected[name].shape)}; give a checkpoint as published"
             )
-        if not (towers[name].is_floating_point() and towers[name].isfinite().all()):
+        if not (towers[name].is_floating_point() and all(end.isfinite() for end in towers[name].aminmax())):
             raise UsageError(f"{name} in {file} holds values that are no finite numbers; fetch it again")
     model = build_model(config, space, grid)
     model.load_state_dict({name: tensor.float() for name, tensor in towers.items()})
