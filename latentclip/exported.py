@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 EXPORT_FILES = [HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, "latent_space.json", "model.json", *TOKENIZER_FILES]
 """What `load` needs of an export."""
-_SHAPES = ("nonscalar_logit_scale",)
-"""Keys of a config that only change the shape of scalars, as sharding needs it."""
 _PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 """How a codec's pixels come to lie in [-1, 1]; the model itself never sees any."""
 
@@ -73,7 +71,7 @@ def export(clip: Loaded, out: Path, metrics: Path | None = None) -> Path:
     """
     if out.exists():
         raise UsageError(f"{out} exists already; give another folder, or delete it first")
-    config = {key: value for key, value in clip.config.items() if key not in _SHAPES}
+    config = {key: value for key, value in clip.config.items() if key != "nonscalar_logit_scale"}
     measured = read_json(metrics.parent, metrics.name) if metrics else {}
     plain = open_clip_config(config, clip.grid)
     partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"

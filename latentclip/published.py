@@ -51,7 +51,7 @@ class Published(NamedTuple):
 
 def find_published(path: Path) -> Path | None:
     """The checkpoint file that `path` is, or holds as `checkpoints/epoch_N.pt` (the last one); None without one."""
-    if path.suffix in (".pt", ".safetensors"):
+    if path.suffix in (".pt", ".safetensors") and not path.is_dir():
         return path
     epochs = [(int(found[1]), file) for file in path.glob("checkpoints/*.pt") if (found := _EPOCH.fullmatch(file.name))]
     return max(epochs)[1] if epochs else None

@@ -1,7 +1,7 @@
 """The authors' layout of a Latent-CLIP checkpoint, written down by hand: names and shapes of every weight.
 
-After arXiv 2503.08455, and how open_clip's CLIP and diffusers' AutoencoderKL are described: no model makes this list, so
-that models can be held against it.
+After arXiv 2503.08455, and how open_clip's CLIP and diffusers' AutoencoderKL are described: no model makes this list,
+so that models can be held against it.
 """
 
 from __future__ import annotations
