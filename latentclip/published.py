@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def read_published(file: Path, folder: Path | None = None) -> Published:
         if name not in set(encoder.values())
     }
     stated = _stated_config(folder) if folder else {}
-    config = _agreed(_recognise(towers, encoder, file), stated, file)
+    config = _agreed(_recognise(towers, encoder.keys(), file), stated, file)
     vision = config["vision_cfg"]
     space = LatentSpace(
         name=vision["latent_encoder_name"],
@@ -92,8 +93,14 @@ def read_published(file: Path, folder: Path | None = None) -> Published:
 
 def _require_latent_tower(weights: dict[str, Tensor], encoder: dict[str, str], file: Path) -> None:
     """Raise UsageError, saying what the file is instead, unless it holds an image tower on latents and its encoder."""
-    if f"{_TOWER}conv1.weight" in weights and encoder:
-        return
+    read, made = weights.get(f"{_TOWER}conv1.weight"), weights.get(encoder.get("encoder.conv_out.weight", ""))
+    if read is not None and made is not None:
+        if read.ndim == made.ndim == 4 and made.shape[0] == 2 * read.shape[1]:  # mean and log-variance
+            return
+        raise UsageError(
+            f"the image tower in {file} is {tuple(read.shape)} and the end of its encoder {tuple(made.shape)}, which is "
+            "of another number of channels; give a checkpoint as published"
+        )
     tower = weights.get("visual.conv1.weight")
     if tower is not None and tower.ndim == 4 and tower.shape[1] == 3:
         raise UsageError(
@@ -105,7 +112,7 @@ def _require_latent_tower(weights: dict[str, Tensor], encoder: dict[str, str], f
     )
 
 
-def _recognise(towers: dict[str, Tensor], encoder: dict[str, str], file: Path) -> Config:
+def _recognise(towers: dict[str, Tensor], encoder: Iterable[str], file: Path) -> Config:
     """The config that the shapes of `towers` follow from."""
     try:
         width, channels, patch, _ = towers["visual.conv1.weight"].shape
@@ -115,6 +122,8 @@ def _recognise(towers: dict[str, Tensor], encoder: dict[str, str], file: Path) -
         _, dimensions = towers["text_projection"].shape
     except (KeyError, ValueError) as error:
         raise UsageError(f"{file} is no whole Latent-CLIP ({error}); give a checkpoint as published") from None
+    if not all((width, channels, patch, positions, context, text_width, vocabulary, dimensions)):
+        raise UsageError(f"{file} holds weights of no size; give a checkpoint as published")
     if context > _LONGEST_CONTEXT:
         raise UsageError(f"{file} is of a text tower for {context} tokens; give a checkpoint as published")
     factor = 2 ** sum(name.endswith(".downsamplers.0.conv.weight") for name in encoder)

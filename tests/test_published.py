@@ -274,6 +274,11 @@ SPOILED = {
     ),
     "no finite numbers": lambda weights: weights["ln_final.bias"].fill_(math.nan),
     "no finite numbers; ": lambda weights: weights.update({"ln_final.bias": torch.ones(64, dtype=torch.int64)}),
+    r"is \(128, 3, 8, 8\) and the end of its encoder \(8, 16, 3, 3\)": lambda weights: weights.update(
+        {"visual.latent_vit.conv1.weight": torch.ones(128, 3, 8, 8)}
+    ),
+    "weights of no size": lambda weights: weights.update({"text_projection": torch.ones(64, 0)}),
+    "is no whole Latent-CLIP.*not enough values": lambda weights: weights.update({"text_projection": torch.ones(64)}),
     "a text tower for 5000 tokens": lambda weights: weights.update({"positional_embedding": torch.ones(5000, 64)}),
 }
 
