@@ -98,8 +98,8 @@ def _require_latent_tower(weights: dict[str, Tensor], encoder: dict[str, str], f
         if read.ndim == made.ndim == 4 and made.shape[0] == 2 * read.shape[1]:  # mean and log-variance
             return
         raise UsageError(
-            f"the image tower in {file} is {tuple(read.shape)} and the end of its encoder {tuple(made.shape)}, which is "
-            "of another number of channels; give a checkpoint as published"
+            f"the image tower in {file} is {tuple(read.shape)} and the end of its encoder {tuple(made.shape)}, of "
+            "another number of channels; give a checkpoint as published"
         )
     tower = weights.get("visual.conv1.weight")
     if tower is not None and tower.ndim == 4 and tower.shape[1] == 3:
