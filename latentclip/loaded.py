@@ -71,6 +71,7 @@ class Loaded:
                 f"the checkpoint {self.path} reads unscaled latents, and diffusers' pipelines have scaled ones: say "
                 "which yours are, with space=clip.space, or space=clip.space.with_storage(scaled=True) for diffusers'"
             )
+        latents = latents.to(self.device, torch.float32)
         if space is not None:
             space.require_same_encoder(self.space, mine="the input", theirs=f"the checkpoint {self.path}")
             latents = space.convert(latents, self.space)
@@ -79,8 +80,7 @@ class Loaded:
         if latents.shape[1:] != (channels, cells, cells) or cells == 0 or cells % grid:
             shapes = f"{tuple(latents.shape)}, but the checkpoint {self.path} reads (b, {channels}, {grid}, {grid})"
             raise UsageError(f"the latents are {shapes}; give latents of that shape, channels before rows and columns")
-        averaged = avg_pool2d(latents.to(self.device, torch.float32), cells // grid)
-        return self.model.encode_image(averaged, normalize=True)
+        return self.model.encode_image(avg_pool2d(latents, cells // grid), normalize=True)
 
     def encode_images(self, images: Sequence[Image.Image | str | Path], codec: Codec | None = None) -> Tensor:
         """Features (b, d) of images or their files, encoded by `codec`: the packaged one unless given.
