@@ -59,11 +59,12 @@ def _in_open_clip(clip: Loaded, config: Config) -> str:
     if "timm_model_name" in vision:
         return "## In plain open_clip\n\nIts image tower has a form of its own, so it cannot be loaded there.\n"
     patch, width = vision["patch_size"], vision.get("width", 768)
-    hub = "The text tower's architecture is fetched from the hub.\n" if "hf_model_name" in config["text_cfg"] else ""
+    hub = " The text tower's architecture is fetched from the hub." if "hf_model_name" in config["text_cfg"] else ""
     return f"""## In plain open_clip
 
 open_clip builds image towers for three channels, so its own `pretrained=` refuses these weights; with the first
-convolution replaced they load, without any check of what the latents mean. `FOLDER` is a local folder. {hub}
+convolution replaced they load, without any check of what the latents mean. `FOLDER` is a local folder.{hub}
+
 ```python
 import open_clip
 import torch
