@@ -1,9 +1,10 @@
-"""The commands of `python -m latentclip` that change or watch a folder of latents."""
+"""The commands of `python -m latentclip` that change or watch a folder of latents, or export a model."""
 
 from __future__ import annotations
 
 import json as json_module
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -19,6 +20,8 @@ from latentclip.storage import read_bytes
 Tars = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARS")]
 Shards = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARD...")]
 Latents = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="LATENTS")]
+Run = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 
 
 def remove_command(
@@ -137,6 +140,23 @@ def import_command(
     return 1 if done.problems else 0
 
 
+def export_command(run: Run, out: Out, metrics: str | None = None) -> int:
+    """Write a model in the layout of open_clip and the Hugging Face hub, with a model card. Uploads nothing.
+
+    Exit status: 0 done; 3 wrong usage.
+
+    Args:
+        run: What latentclip.load takes: a run, a checkpoint, a published epoch_34.pt, a repository on the hub.
+        out: New folder.
+        metrics: metrics.json of pipelines/evaluate.py, for the model card.
+    """
+    from latentclip.exported import export  # torch takes seconds to import
+    from latentclip.loaded import load
+
+    print(f"exported to {export(load(run), Path(out), Path(metrics) if metrics else None)}")
+    return 0
+
+
 def _lines(file: str) -> list[str]:
     """The lines of a text file without the blank ones. Raises UsageError if there are none."""
     try:
@@ -162,4 +182,5 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "clean": clean_command,
     "migrate": migrate_command,
     "import-latents": import_command,
+    "export": export_command,
 }

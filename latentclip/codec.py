@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,22 +143,27 @@ def load_codec(
 
 
 def encoder_hash(weights: Path) -> str:
-    """First 16 hexadecimal digits of the SHA-256 over a safetensors file's encoder tensors (name, shape, values).
+    """The hash (`hash_encoder`) of the encoder's tensors in a safetensors file of an autoencoder."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(("encoder.", "quant_conv."))]  # noqa: SIM118
+            if not names:
+                raise UsageError(f"{weights} holds no encoder; give the whole autoencoder, not a decoder alone")
+            return hash_encoder(names, file.get_tensor)
+    except SafetensorError as error:
+        raise UsageError(f"{weights} cannot be read ({error}); fetch it again") from error
+
+
+def hash_encoder(names: Iterable[str], get_tensor: Callable[[str], Tensor]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 over an encoder's tensors (name as in diffusers, shape, values).
 
     Values are hashed as float32, so a file re-saved in a wider type keeps its hash, and a retrained decoder does too.
     """
     digest = hashlib.sha256()
-    try:
-        with safe_open(weights, framework="pt") as file:
-            names = sorted(name for name in file.keys() if name.startswith(("encoder.", "quant_conv.")))  # noqa: SIM118
-            for name in names:
-                values = file.get_tensor(name).float().contiguous().numpy()
-                digest.update(f"{name} {values.shape}\n".encode())
-                digest.update(values.astype("<f4", copy=False).data)
-    except SafetensorError as error:
-        raise UsageError(f"{weights} cannot be read ({error}); fetch it again") from error
-    if not names:
-        raise UsageError(f"{weights} holds no encoder; give the whole autoencoder, not a decoder alone")
+    for name in sorted(names):
+        values = get_tensor(name).float().contiguous().numpy()
+        digest.update(f"{name} {values.shape}\n".encode())
+        digest.update(values.astype("<f4", copy=False).data)
     return digest.hexdigest()[:16]
 
 

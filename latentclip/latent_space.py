@@ -68,6 +68,11 @@ class LatentSpace:
         """Channels of what is stored: twice those of a latent for moments."""
         return self.channels * (2 if self.kind == "moments" else 1)
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether scaled latents differ from raw ones."""
+        return (self.scaling_factor, self.shift_factor) != (1, 0)
+
     def grid(self, image_size: int) -> int:
         """Latent cells along one side of an image of `image_size` pixels."""
         if image_size % self.factor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,14 +13,22 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
+from latentclip import hub
 from latentclip.checkpoint import find_checkpoint, read_json, read_model, read_space
 from latentclip.codec import Codec, load_codec
 from latentclip.errors import UsageError
+from latentclip.exported import EXPORT_FILES, is_export, read_export
 from latentclip.images import Mode, open_image, pixels, to_square
 from latentclip.latent_space import LatentSpace
+from latentclip.model import Config
+from latentclip.published import HUB_FILES, find_published, read_published
 from latentclip.rejects import Rejected
-from latentclip.text import Tokenizer
+from latentclip.text import Tokenizer, load_tokenizer
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""A name on the hub."""
 
 _CAPTIONS, _IMAGES = 256, 16
 """How many are encoded at once; a codec needs up to 0.2 GB an image of 512 px."""
@@ -35,12 +44,14 @@ class Loaded:
     """
 
     model: CLIP | CustomTextCLIP
+    config: Config
+    """Its architecture, in open_clip's shape."""
     tokenizer: Tokenizer
     space: LatentSpace
     grid: int
     resize_mode: Mode
     path: Path
-    """The checkpoint it was loaded from."""
+    """The checkpoint, export or published file it was loaded from."""
 
     @property
     def device(self) -> torch.device:
@@ -50,17 +61,26 @@ class Loaded:
     def encode_latents(self, latents: Tensor, space: LatentSpace | None = None) -> Tensor:
         """Features (b, d) of latents (b, c, grid, grid), differentiable in the latents.
 
-        Latents of `space` are converted if only their scaling differs from the model's. Raises UsageError for those
-        of another encoder or shape.
+        Latents of `space` are converted if only their scaling differs from the model's. A grid that is a multiple of
+        the model's is averaged to it: SDXL's 128 cells (1024 px) are read by a model of 64. Raises UsageError for
+        latents of another encoder or shape, and for those of no stated space if the model reads unscaled ones:
+        diffusers' are scaled, and nothing else would tell.
         """
+        if space is None and not self.space.scaled and self.space.has_scale:
+            raise UsageError(
+                f"the checkpoint {self.path} reads unscaled latents, and diffusers' pipelines have scaled ones: say "
+                "which yours are, with space=clip.space, or space=clip.space.with_storage(scaled=True) for diffusers'"
+            )
+        latents = latents.to(self.device, torch.float32)
         if space is not None:
             space.require_same_encoder(self.space, mine="the input", theirs=f"the checkpoint {self.path}")
             latents = space.convert(latents, self.space)
         channels, grid = self.space.channels, self.grid
-        if latents.ndim != 4 or latents.shape[1:] != (channels, grid, grid):
+        cells = latents.shape[-1] if latents.ndim == 4 else 0
+        if latents.shape[1:] != (channels, cells, cells) or cells == 0 or cells % grid:
             shapes = f"{tuple(latents.shape)}, but the checkpoint {self.path} reads (b, {channels}, {grid}, {grid})"
             raise UsageError(f"the latents are {shapes}; give latents of that shape, channels before rows and columns")
-        return self.model.encode_image(latents.to(self.device, torch.float32), normalize=True)
+        return self.model.encode_image(avg_pool2d(latents, cells // grid), normalize=True)
 
     def encode_images(self, images: Sequence[Image.Image | str | Path], codec: Codec | None = None) -> Tensor:
         """Features (b, d) of images or their files, encoded by `codec`: the packaged one unless given.
@@ -97,16 +117,34 @@ class Loaded:
         return codec
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """Load a checkpoint folder, or the newest good checkpoint of a run folder, for use on `device`.
+def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """Load a model for use on `device`.
 
-    Needs neither network nor packages of pretrained models. Raises UsageError if it is missing, damaged or hostile.
+    `source` is one of: a checkpoint folder; a run folder, for its newest good checkpoint; a folder that `python -m
+    latentclip export` wrote; a published checkpoint (`epoch_34.pt`), or a folder with `checkpoints/epoch_34.pt`; the
+    name of a repository on the hub with either, such as wendlerc/latent-clip-b-8-512-34b-80k. Only the last needs the
+    network. Nothing is unpickled. Raises UsageError if it is missing, damaged or hostile.
     """
-    folder = find_checkpoint(path)
-    model, _, tokenizer = read_model(folder, averaged=True)
-    space, grid = read_space(folder)
-    mode = read_json(folder, "latent_space.json").get("resize_mode", "crop")
-    return Loaded(model.eval().requires_grad_(False).to(device), tokenizer, space, grid, mode, folder)
+    path = _local(source)
+    mode: Mode = "crop"
+    if file := find_published(path):
+        model, config, space, grid = read_published(file, path if path.is_dir() else None)
+        path, tokenizer = file, load_tokenizer(config)
+    else:
+        path = path if is_export(path) else find_checkpoint(path)
+        model, config, tokenizer = read_export(path) if is_export(path) else read_model(path, averaged=True)
+        space, grid = read_space(path)
+        mode = read_json(path, "latent_space.json").get("resize_mode", mode)
+    return Loaded(model.eval().requires_grad_(False).to(device), config, tokenizer, space, grid, mode, path)
+
+
+def _local(source: str | Path) -> Path:
+    """The path itself, or where what it names on the hub was put."""
+    path = Path(source)
+    if path.exists() or not _REPOSITORY.fullmatch(str(source)):
+        return path
+    advice = "give a checkpoint, a run, an export or a published repository"
+    return hub.snapshot(str(source), [*HUB_FILES, *EXPORT_FILES], advice=advice)
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,8 @@ from latentclip.text import FrozenTextEncoder, Tokenizer, pretrained_folder
 
 Config = dict[str, Any]
 _CONFIGS = Path(__file__).parent / "model_configs"
-_OWN_VISION_KEYS = {"latent_factor", "latent_n_channels", "latent_encoder_name", "timm_model_args", "timm_stem"}
+OWN_VISION_KEYS = {"latent_factor", "latent_n_channels", "latent_encoder_name", "timm_model_args", "timm_stem"}
+"""Keys of `vision_cfg` that open_clip does not know."""
 _LOADS_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _PLACEHOLDER = {"layers": 1, "width": 64, "patch_size": 1, "image_size": 1}
 """A tower for open_clip to build where a timm network then takes its place."""
@@ -83,7 +84,7 @@ def build_model(
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if "hf_model_name" in text:
         text |= _text_source(text, text_folder)
-    open_clips = {key: value for key, value in vision.items() if key not in _OWN_VISION_KEYS} | {"image_size": grid}
+    open_clips = {key: value for key, value in vision.items() if key not in OWN_VISION_KEYS} | {"image_size": grid}
     on_timm = "timm_model_name" in vision
     try:
         with hub.quiet(transformers.utils.logging):

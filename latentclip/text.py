@@ -32,6 +32,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+TOKENIZER_FILES = (_BPE, _MODEL_CONFIG, *_TOKENIZER_FILES)
+"""All that `Tokenizer.save` may write."""
 _WORDS_KEPT = 2**18
 """Words whose byte pairs are remembered, about 50 MB."""
 _ROWS_KEPT = 2**17

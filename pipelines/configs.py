@@ -106,7 +106,7 @@ class EvaluateConfig:
     """Judge a checkpoint by retrieval and zero-shot classification."""
 
     checkpoint: str
-    """Checkpoint folder, or the folder of a run (its newest good checkpoint)."""
+    """Checkpoint folder, the folder of a run (its newest good checkpoint), an export, or a published epoch_34.pt."""
     latents: tuple[str, ...]
     """Latent shards: a folder, a glob or a list; several sets as NAME=FOLDER, and metrics are then by name."""
     out: str

@@ -79,7 +79,7 @@ def test_latents_of_another_scale_are_converted(clip: Loaded, codec: Codec, late
 def test_latents_of_another_space_or_shape_are_refused(clip: Loaded, codec: Codec, latents: torch.Tensor) -> None:
     with pytest.raises(UsageError, match="step_00000003"):
         clip.encode_latents(latents, replace(codec.space, name="other", encoder_hash="f" * 16))
-    for wrong in (latents[0], latents[:, :4], latents.permute(0, 2, 3, 1), latents.repeat(1, 1, 2, 2)):
+    for wrong in (latents[0], latents[:, :4], latents.permute(0, 2, 3, 1), latents.repeat(1, 1, 1, 2)):
         with pytest.raises(UsageError, match=r"reads \(b, 6, 4, 4\)"):
             clip.encode_latents(wrong)
 
