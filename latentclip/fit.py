@@ -144,6 +144,7 @@ class Fit:
                     if due:
                         self.save()
             self.save(last=True)
+            self.saver.finish()  # where the last one was due anyway
             self.team.wait()
         finally:
             self.saver.close()

@@ -130,6 +130,14 @@ def test_a_training_with_many_checkpoints_is_the_same(latents: LatentDataset, tm
     torch.testing.assert_close(load_file(tmp_path / "many" / name), load_file(tmp_path / "one" / name), rtol=0, atol=0)
 
 
+def test_the_error_of_the_very_last_one_is_raised(latents: LatentDataset, tmp_path: Path) -> None:
+    """It is due, and so is begun beside the training, just where that ends."""
+    made = fit(latents, tmp_path, checkpoint_minutes=0.0, keep_checkpoints=1)
+    made.stop = lambda: claim(tmp_path) is None if made.step == STEPS else False
+    with pytest.raises(ClaimLostError):
+        made.run()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_a_copy_of_a_gpus_tensors_is_of_the_moment() -> None:
