@@ -144,7 +144,7 @@ class Losing:
 
 def test_the_error_of_the_very_last_one_is_raised(latents: LatentDataset, tmp_path: Path) -> None:
     """It is due, and so is begun beside the training, just where that ends."""
-    made = fit(latents, tmp_path, checkpoint_minutes=0.0)
+    made = fit(latents, tmp_path, until=STEPS + 1, checkpoint_minutes=0.0)
     made.training.optimiser.register_step_post_hook(lambda *_: made.saver.finish())  # so that one is due at every step
     made.training.tokenizer = Losing(made.training.tokenizer, tmp_path)  # type: ignore[assignment]
     with pytest.raises(ClaimLostError):
