@@ -2,7 +2,7 @@
 
 open_clip's own gathering knows the default process group alone, in which a worker that has no part of the batch would
 be waited for. Each worker computes its rows of the logits; the mean over the workers is the loss of the whole batch.
-Logits grow with the square of the batch, so more than MOST_LOGITS are computed in blocks, and again in the backward pass.
+Logits grow with the square of the batch: more than MOST_LOGITS are computed in blocks, and again in the backward pass.
 """
 
 from __future__ import annotations
