@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
 from latentclip.accumulation import backward
@@ -91,10 +90,7 @@ def build_loss(
     settings: Optimisation, rank: int = 0, world_size: int = 1, group: torch.distributed.ProcessGroup | None = None
 ) -> nn.Module:
     """open_clip's loss over the global batch: local loss with gathered gradients, as the paper trains."""
-    siglip = settings.loss == "siglip"
-    if world_size == 1:
-        return SigLipLoss() if siglip else ClipLoss(cache_labels=True)
-    return (SharedSigLipLoss if siglip else SharedClipLoss)(rank, world_size, group)
+    return (SharedSigLipLoss if settings.loss == "siglip" else SharedClipLoss)(rank, world_size, group)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

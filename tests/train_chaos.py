@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +111,17 @@ class TrainJob:
             replaced = self.interrupted is None or os.fstat(self.interrupted.fileno()).st_nlink == 0
             return replaced and self.step() > newest_step(self.run) + 1
 
-        wait_until(begun, "steps of new workers", 300)
+        self._wait(begun, "steps of new workers")
 
     def reach(self, step: int) -> None:
         """Wait until so many steps are logged."""
-        wait_until(lambda: self.step() >= step, f"step {step}", 300)
+        self._wait(lambda: self.step() >= step, f"step {step}")
+
+    def _wait(self, true: Callable[[], bool], what: str) -> None:
+        try:
+            wait_until(true, what, 300)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.output()}") from None
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
