@@ -118,8 +118,8 @@ def delete_old(run: Path, step: int, keep: int, sound_until: float = math.inf, m
     """Delete what is older than the `keep` newest good checkpoints up to `step`; nothing while there are fewer.
 
     The newest good one of step `sound_until` or before stays as well, and the one that validation found the best by
-    `metric`. What claims to be of a later step is not of this
-    training, and damaged ones do not count: neither makes a good one old. The files of those that count are read.
+    `metric`. What claims to be of a later step is not of this training, and damaged ones do not count: neither makes a
+    good one old. The files of those that count are read.
     """
     steps = [(number, folder) for number, folder in checkpoint_folders(run) if number <= step]
     if len(steps) <= keep:
