@@ -55,7 +55,7 @@ def row(config: TrainConfig, cost: Cost, workers: int) -> Iterator[str]:
     share = batch // workers
     fitting = cost.micro_batch(batch, workers, ROOM * device.memory)
     memory = cost.memory(batch, workers, fitting or 1)
-    yield from (f"{workers:,}", f"{fitting:,}" if fitting else "none fits", f"{share // fitting:,}" if fitting else "-")
+    yield from (f"{workers:,}", f"{fitting:,}" if fitting else "none", f"{share // fitting:,}" if fitting else "-")
     yield from (f"{value / 1e9:.1f}" for value in parts(memory))
     rate = cost.samples_per_second(
         batch, workers, device, in_parts=fitting != share, utilisation=config.utilisation
