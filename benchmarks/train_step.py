@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from train_step_contestants import WARM, OpenClip, Ours, Round, place, ready, write_latents  # beside this file
+from train_step_contestants import SPACE, WARM, OpenClip, Ours, Round, place, ready, write_latents  # beside this file
 
 from latentclip.cost import DEVICES, Cost
 from latentclip.fit import FitSettings
@@ -85,7 +85,14 @@ def measure(config: StepBenchmark, case: Case, folder: Path) -> dict[str, Any]:
     precision: Literal["bf16", "fp32"] = "bf16" if config.device == "cuda" else "fp32"
     dataset = write_latents(folder / "latents", case.model, case.grid, 8 * case.batch)
     recipe = Optimisation(precision=precision)
-    settings = FitSettings(case.model, steps, batch_size=case.batch, optimisation=recipe)
+    settings = FitSettings(
+        case.model,
+        steps,
+        batch_size=case.batch,
+        optimisation=recipe,
+        gradient_checkpointing=case.checkpointing,
+        compile=case.compile,
+    )
     ours = Ours(dataset, folder / "run", settings, place(device), report=lambda _: None, say=lambda _: None)
     model = ours.training.model
     theirs = OpenClip(copy.deepcopy(model), ready(ours, steps), recipe, device, compiled=case.compile)
@@ -97,7 +104,8 @@ def measure(config: StepBenchmark, case: Case, folder: Path) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats()
             rounds[name].append((ours if name == "ours" else theirs).round(case.steps))
     compare(rounds, TOLERANCE[precision])
-    cost = Cost(copy.deepcopy(model).cpu(), ours.training.config, dataset.space, case.grid, recipe)
+    bare = copy.deepcopy(model).cpu()
+    cost = Cost(bare, ours.training.config, SPACE, case.grid, recipe, checkpointing=case.checkpointing)
     return {"case": asdict(case), **figures(case, rounds, cost)}
 
 
@@ -118,8 +126,7 @@ def figures(case: Case, rounds: dict[str, list[Round]], cost: Cost) -> dict[str,
         "rates": rates,
         "ratios": [ours / theirs for ours, theirs in zip(rates["ours"], rates["open_clip"], strict=True)],
         "processor_ratios": [
-            theirs.processor / ours.processor
-            for ours, theirs in zip(rounds["ours"], rounds["open_clip"], strict=True)
+            theirs.processor / ours.processor for ours, theirs in zip(rounds["ours"], rounds["open_clip"], strict=True)
         ],
         "waiting": [found.waiting for found in rounds["ours"]],
         "tflops": flops / 1e12,
@@ -141,7 +148,19 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
 
     CPU is the median ratio of processor time, which says more where other work shares the machine.
     """
-    head = ("samples/s ours", "open_clip", "ratio", "least", "most", "CPU", "waiting", "TFLOP/s", "MFU", "GB", "GB est.")
+    head = (
+        "samples/s ours",
+        "open_clip",
+        "ratio",
+        "least",
+        "most",
+        "CPU",
+        "waiting",
+        "TFLOP/s",
+        "MFU",
+        "GB",
+        "GB est.",
+    )
     yield f"{'':44}" + "".join(f"{name:>15}" if name == head[0] else f"{name:>10}" for name in head)
     for row in found:
         ours, theirs = (statistics.median(row["rates"][name]) for name in ("ours", "open_clip"))

@@ -198,7 +198,9 @@ def write_latents(folder: Path, model: str, grid: int, samples: int) -> LatentDa
         captions = [f"picture {rng.integers(10**9)}" for _ in range(per_shard)]
         keys = [f"{number}-{row:07d}" for row in range(per_shard)]
         rows = LatentRows(keys, captions, [latents], tokens=tokenise(model, captions))
-        write_shard(Folder(folder), dataset, rows, Outcome(f"{number:05d}", input=Input(f"{number}.tar", 0), planned=per_shard))
+        write_shard(
+            Folder(folder), dataset, rows, Outcome(f"{number:05d}", input=Input(f"{number}.tar", 0), planned=per_shard)
+        )
     return LatentDataset(folder)
 
 

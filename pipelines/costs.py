@@ -8,6 +8,7 @@ from latentclip.cost import DEVICES, Cost, Memory
 from latentclip.dataset import LatentDataset
 from latentclip.model import build_model, resolve_config
 from latentclip.place import team_size
+from latentclip.training import build_optimiser
 from pipelines.configs import TrainConfig
 
 NUMBERS = (1, 8, 128)
@@ -26,7 +27,17 @@ def costs(config: TrainConfig) -> str:
     dataset = LatentDataset(config.latents)
     space, grid, settings = dataset.space, dataset.dataset.grid, config.settings
     model_config = resolve_config(settings.model, space, grid)
-    cost = Cost(build_model(model_config, space, grid), model_config, space, grid, settings.optimisation)
+    model = build_model(model_config, space, grid)
+    build_optimiser(model, settings.optimisation)  # which freezes what is not trained
+    cost = Cost(
+        model,
+        model_config,
+        space,
+        grid,
+        settings.optimisation,
+        checkpointing=settings.gradient_checkpointing,
+        averaged=settings.average is not None,
+    )
     numbers = sorted({team_size(settings.batch_size, number) for number in (*NUMBERS, config.workers)})
     rows = [HEADER, *(tuple(row(config, cost, number)) for number in numbers)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -57,9 +68,7 @@ def row(config: TrainConfig, cost: Cost, workers: int) -> Iterator[str]:
     memory = cost.memory(batch, workers, fitting or 1)
     yield from (f"{workers:,}", f"{fitting:,}" if fitting else "none", f"{share // fitting:,}" if fitting else "-")
     yield from (f"{value / 1e9:.1f}" for value in parts(memory))
-    rate = cost.samples_per_second(
-        batch, workers, device, in_parts=fitting != share, utilisation=config.utilisation
-    )
+    rate = cost.samples_per_second(batch, workers, device, in_parts=fitting != share, utilisation=config.utilisation)
     yield from (f"{rate:,.0f}", f"{rate / workers * cost.latent_bytes / 1e6:,.0f}", f"{batch / rate:.2f}")
     steps = config.settings.steps
     yield f"{steps * batch / rate / 86_400:.1f}" if steps else "-"

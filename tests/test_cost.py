@@ -115,7 +115,9 @@ def test_the_model_is_left_as_it_is() -> None:
     assert all(value.grad is None for value in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "workers", "days", "share"), [(B8, 128, 4 + 9.5 / 24, 0.14), (B4_PLUS, 256, 4 + 1.9 / 24, 0.25)])
+@pytest.mark.parametrize(
+    ("name", "workers", "days", "share"), [(B8, 128, 4 + 9.5 / 24, 0.14), (B4_PLUS, 256, 4 + 1.9 / 24, 0.25)]
+)
 def test_the_utilisation_that_the_papers_times_imply(name: str, workers: int, days: float, share: float) -> None:
     """34 B samples on so many A100 in so many days, with gradient checkpointing: what docs/training.md says."""
     found = cost(name, recipe=Optimisation(precision="bf16"), checkpointing=True)
