@@ -1,4 +1,4 @@
-"""Measures the memory of real training steps: python step_memory.py MODEL GRID CHECKPOINTING BATCH..., one line a batch.
+"""Memory of real training steps: python step_memory.py MODEL GRID CHECKPOINTING BATCH... prints a line for each batch.
 
 A line holds the most bytes that the second step of a batch added to the process before it had a model. It reads Linux's
 peak of the resident set, which is why it runs by itself, with an allocator that gives memory back (`environment`).

@@ -140,5 +140,5 @@ def test_a_dry_run_prints_what_the_papers_batch_needs(tmp_path: Path, capsys: py
 
 
 def test_a_share_of_the_device_that_is_none_is_refused() -> None:
-    with pytest.raises(UsageError, match="--utilisation is 1.5"):
+    with pytest.raises(UsageError, match=r"--utilisation is 1\.5"):
         TrainConfig("latents", "run", utilisation=1.5)
