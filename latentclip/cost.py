@@ -25,14 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentclip._live_bytes import LiveBytes
 from latentclip.latent_space import LatentSpace
+from latentclip.losses import MOST_LOGITS, block_rows
 from latentclip.model import Config
 from latentclip.place import team_size
 from latentclip.quantise import stored_dtype
 from latentclip.text import FrozenTextEncoder
 from latentclip.training import Optimisation, build_loss
 
-_FEW, _MORE = 128, 256
-"""Batches at which activations are measured: they are linear in the batch."""
+_FEW, _MORE = 1024, 2048
+"""Batches at which activations are measured: from here on they outweigh the gradients, and are linear in the batch."""
 _PAIR = 2
 """Batch at which FLOPs are counted, the smallest that batch normalisation takes."""
 _ROWS = 1024
@@ -147,9 +148,9 @@ class Cost:
             weights=4 * (self.all + self.trained * self.averaged),
             moments=2 * 4 * self.trained,
             gradients=4 * self.trained * (2 if workers > 1 else 1),
-            activations=self.activations(micro_batch),
+            activations=self.activations(micro_batch, in_parts=in_parts),
             features=self.embed_dim * (everyones * width + own * 4),
-            loss=round(self._bytes_a_logit * share * batch),
+            loss=round(self._bytes_a_logit * block_rows(share, MOST_LOGITS // batch) * batch),
             in_parts=in_parts,
         )
 
@@ -165,28 +166,31 @@ class Cost:
         """Samples that all workers together train on in a second."""
         return team_size(batch, workers) * device.flops * utilisation / self.flops(batch, in_parts=in_parts)
 
-    def activations(self, batch: int) -> int:
-        """Most bytes alive in the forward and backward pass of so many samples, beside weights and their gradients."""
-        if batch <= _MORE:
-            return self._activations(batch)
+    def activations(self, batch: int, *, in_parts: bool = False) -> int:
+        """Most bytes in the forward and backward pass of so many samples, beyond those of weights and all gradients.
+
+        The gradients of the first part of a batch arise while activations go; in the others they are there before.
+        """
+        peak = self._peak(batch) if batch <= _MORE else self._extrapolated(batch)
+        return peak if in_parts else max(0, peak - 4 * self.trained)
+
+    def _extrapolated(self, batch: int) -> int:
         few, more = self._measured
         return round(more + (more - few) / (_MORE - _FEW) * (batch - _MORE))
 
     @cached_property
     def _measured(self) -> tuple[int, int]:
-        return self._activations(_FEW), self._activations(_MORE)
+        return self._peak(_FEW), self._peak(_MORE)
 
-    def _activations(self, batch: int) -> int:
+    def _peak(self, batch: int) -> int:
+        """Most bytes beside the weights, their gradients among them as they arise."""
         model = self._model
         model.set_grad_checkpointing(self.checkpointing)
         with self._mode, LiveBytes() as live, self._precision():
-            for value in model.parameters():
-                value.grad = torch.zeros_like(value) if value.requires_grad else None
-            kept = live.now
             features = self._features(batch)
             torch.autograd.backward(features, [torch.zeros_like(value) for value in features])
         model.zero_grad()
-        return live.peak - kept
+        return live.peak
 
     @cached_property
     def _bytes_a_logit(self) -> float:

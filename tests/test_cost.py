@@ -74,7 +74,7 @@ def test_the_memory_is_that_of_real_steps(name: str, grid: int, checkpointing: b
 
 def test_larger_batches_are_extrapolated() -> None:
     found = cost(TINY, 32)
-    assert found.activations(4096) == pytest.approx(found._activations(4096), rel=0.01)
+    assert found.activations(4096) == pytest.approx(found._peak(4096) - 4 * found.trained, rel=0.02)
 
 
 def test_bf16_halves_most_activations_but_not_those_of_norms() -> None:
