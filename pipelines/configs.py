@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from latentclip.codec import Precision
+from latentclip.cost import UTILISATION
 from latentclip.encode import EncodeSettings
 from latentclip.errors import UsageError, require_at_least
 from latentclip.fit import FitSettings, Flat
@@ -89,9 +90,15 @@ class TrainConfig:
     ray_address: str | None = None
     """Ray cluster to join; default: RAY_ADDRESS, else a local one is started and stopped."""
     dry_run: bool = False
-    """Print what would be done, and write nothing."""
+    """Print what would be done, with what it needs in memory and time, and write nothing."""
+    device: Literal["A100", "H100", "H200"] = "H100"
+    """Accelerator that `--dry-run` computes for."""
+    utilisation: float = UTILISATION
+    """Share of that accelerator's nominal FLOP/s that `--dry-run` takes for reached."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.utilisation <= 1:
+            raise UsageError(f"--utilisation is {self.utilisation}; give a share of more than 0 and at most 1")
         require_at_least(1, min_workers=self.min_workers, threads=self.threads)
         require_at_least(self.min_workers or 1, workers=self.workers)
         require_at_least(0, retries=self.retries, cache_gb=self.cache_gb, validation_minutes=self.validation_minutes)

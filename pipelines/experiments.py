@@ -5,13 +5,15 @@ python pipelines/encode.py photos --pairs pairs/ --latents latents/ --codec made
 
 from __future__ import annotations
 
+import math
+
 import tyro
 
 from latentclip.augment import LatentAugmentation
 from latentclip.encode import EncodeSettings
 from latentclip.fit import FitSettings
 from latentclip.training import Optimisation
-from latentclip.views import DRAWINGS
+from latentclip.views import DRAWINGS, PAPER
 from pipelines.configs import EncodeConfig, EvaluateConfig, Experiment, TrainConfig
 
 GIVEN: str = tyro.MISSING
@@ -90,25 +92,37 @@ _PAPER_ENCODE = EncodeConfig(
     pairs=GIVEN,
     latents=GIVEN,
     codec="madebyollin/sdxl-vae-fp16-fix",
-    settings=EncodeSettings(image_size=512, scaled=False, tokens="Latent-ViT-B-8-512"),
+    settings=EncodeSettings(
+        image_size=512, views=4, recipe=PAPER, kind="sample", scaled=False, tokens="Latent-ViT-B-8-512"
+    ),
 )
+_PAPER_BATCH, _PAPER_RATE, _WARMUP_STEPS = 128 * 640, 1e-3, 3000
 
 
-def _paper(description: str, model: str) -> Experiment:
-    """The paper's training (arXiv 2503.08455): 34 B samples at a batch of 81,920 on 128 GPUs."""
+def _paper(
+    description: str, model: str, *, workers: int = 128, batch: int = _PAPER_BATCH, steps: int = 415_000
+) -> Experiment:
+    """The paper's training (arXiv 2503.08455): 34 B samples at a batch of 81,920 on 128 GPUs, or fewer.
+
+    Fewer GPUs get a smaller batch, at a learning rate scaled by the square root of its share, as suits Adam (Malladi et
+    al., 2022, arXiv 2205.10287). The paper's own batch would leave a training that they finish in days a few thousand
+    steps; whoever wants it nevertheless gives `--batch-size 81920 --learning-rate 1e-3 --micro-batch N`, which is
+    exact, with the N that `--dry-run` names. `auto` precision is bf16 on GPUs.
+    """
+    rate = _PAPER_RATE * math.sqrt(batch / _PAPER_BATCH)
     return Experiment(
         description=description,
         encode=_PAPER_ENCODE,
         train=TrainConfig(
             latents=GIVEN,
             run=GIVEN,
-            workers=128,
+            workers=workers,
             settings=FitSettings(
                 model=model,
-                steps=415_000,
-                batch_size=81_920,
-                optimisation=Optimisation(warmup=3000 / 415_000),
+                steps=steps,
+                batch_size=batch,
                 gradient_checkpointing=True,
+                optimisation=Optimisation(learning_rate=rate, warmup=_WARMUP_STEPS / steps),
                 checkpoint_minutes=30,
             ),
         ),
@@ -116,13 +130,20 @@ def _paper(description: str, model: str) -> Experiment:
     )
 
 
+def _papers(name: str, model: str) -> dict[str, Experiment]:
+    """The paper's training of a model, and what of it one GPU or eight do in days: 0.4 B and 3.3 B samples."""
+    full = f"The paper's {model} on LAION-2B-en and COYO, SDXL latents of 512 px"
+    one, eight = (f"{model} at the paper's recipe, scaled to {number}" for number in ("one GPU", "8 GPUs"))
+    return {
+        name: _paper(full, model),
+        f"{name}-1gpu": _paper(one, model, workers=1, batch=4096, steps=100_000),
+        f"{name}-8gpu": _paper(eight, model, workers=8, batch=8 * 4096, steps=100_000),
+    }
+
+
 EXPERIMENTS = {
     "demo": DEMO,
     "photos": PHOTOS,
-    "paper-b-8-512": _paper(
-        "The paper's Latent-ViT-B-8-512 on LAION-2B-en and COYO, SDXL latents of 512 px", "Latent-ViT-B-8-512"
-    ),
-    "paper-b-4-512-plus": _paper(
-        "The paper's Latent-ViT-B-4-512-plus on LAION-2B-en and COYO, SDXL latents of 512 px", "Latent-ViT-B-4-512-plus"
-    ),
+    **_papers("paper-b-8-512", "Latent-ViT-B-8-512"),
+    **_papers("paper-b-4-512-plus", "Latent-ViT-B-4-512-plus"),
 }

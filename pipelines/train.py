@@ -34,6 +34,7 @@ from latentclip.storage import Folder
 from latentclip.text import load_tokenizer
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
 from pipelines.configs import TrainConfig, parse, write_config
+from pipelines.costs import costs
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
 from pipelines.train_group import Group
@@ -119,6 +120,8 @@ def run(config: TrainConfig) -> bool:
     config = replace(config, run=absolute(config.run), latents=latents, cache=cache, settings=settings)
     config = replace(config, validation_latents=validation)
     check_run(config)
+    if config.dry_run:
+        print(costs(config), flush=True)
     print(f"train: {describe(config)}", flush=True)
     if config.dry_run or is_finished(config):
         return True
