@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,7 +46,7 @@ def backward(
             outputs = model(latents, text)
             loss = loss_function(*outputs)
         loss.backward()
-        return loss.detach(), outputs[2].detach()
+        return loss.detach(), outputs[2].detach().reshape(())
     parts = list(zip(latents.split(micro_batch), text.split(micro_batch), strict=True))
     return _backward_in_parts(model, loss_function, parts, autocast)
 
@@ -77,7 +78,7 @@ def _backward_in_parts(
         wanted = [*gradients[number], *(value.grad if last else None for value in scalars)]
         with _unshared(model, last):
             _carry_on(outputs, wanted)
-    return loss.detach(), scalars[0].detach()
+    return loss.detach(), scalars[0].detach().reshape(())
 
 
 def _embed(model: nn.Module, part: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
@@ -98,4 +99,6 @@ def _carry_on(outputs: tuple[Tensor, ...], gradients: list[Tensor | None]) -> No
 
 
 def _unshared(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()

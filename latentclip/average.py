@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from latentclip.errors import UsageError
+from latentclip.sharded import local, placed_like
 
 
 class WeightAverage:
@@ -23,7 +24,8 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), list(averaged(model).values()), 1 - decay)
+        mine, theirs = ([local(value) for value in values.values()] for values in (self.tensors, averaged(model)))
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from the average that a checkpoint holds; raises UsageError for tensors of another model."""
@@ -32,7 +34,7 @@ class WeightAverage:
                 raise UsageError(
                     f"the average of {name} is missing, of another shape or not finite; use an older checkpoint"
                 )
-            value.copy_(tensors[name])
+            self.tensors[name] = placed_like(value, tensors[name])
 
 
 def averaged(model: nn.Module) -> dict[str, Tensor]:

@@ -86,7 +86,8 @@ class Cost:
     """What a step of a model costs; `model` is left as it is.
 
     `checkpointing` keeps only what enters each block and computes the rest again; `averaged` keeps a moving average of
-    the weights. `vision`, `text` and `trained` count parameters, and the logit scale is in none of the first two.
+    the weights; `sharded` shares the state out among the workers (a block's weights, gathered while it is computed, are
+    not counted). `vision`, `text` and `trained` count parameters, and the logit scale is in none of the first two.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Cost:
         *,
         checkpointing: bool = False,
         averaged: bool = False,
+        sharded: bool = False,
     ) -> None:
         values = dict(model.named_parameters())
         self.all = sum(value.numel() for value in values.values())
@@ -109,6 +111,7 @@ class Cost:
         self.shape = (space.channels, grid, grid)
         self.latent_bytes = stored_dtype(space).itemsize * math.prod(self.shape)
         self.optimisation, self.checkpointing, self.averaged = optimisation, checkpointing, averaged
+        self.sharded = sharded
         self.half = optimisation.precision != "fp32"
         self._mode = FakeTensorMode()
         with FakeCopyMode(self._mode):
@@ -144,10 +147,11 @@ class Cost:
         width = 2 if self.half else 4
         everyones = batch * 2 * 2 if workers > 1 else 0  # both towers' features, and their gradients
         own = share * 2 * 2 if in_parts else 0
+        holders = workers if self.sharded else 1
         return Memory(
-            weights=4 * (self.all + self.trained * self.averaged),
-            moments=2 * 4 * self.trained,
-            gradients=4 * self.trained * (2 if workers > 1 else 1),
+            weights=4 * (self.all + self.trained * self.averaged) // holders,
+            moments=2 * 4 * self.trained // holders,
+            gradients=4 * self.trained * (2 if workers > holders else 1) // holders,
             activations=self.activations(micro_batch, in_parts=in_parts),
             features=self.embed_dim * (everyones * width + own * 4),
             loss=round(self._bytes_a_logit * block_rows(share, MOST_LOGITS // batch) * batch),

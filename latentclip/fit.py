@@ -30,7 +30,7 @@ from latentclip.meter import Meter, peak_memory
 from latentclip.order import mix
 from latentclip.place import Place, Team
 from latentclip.resume import data_step, newest_training
-from latentclip.saver import Saver
+from latentclip.saver import Saver, Weights
 from latentclip.snapshot import FILE as SNAPSHOT
 from latentclip.source import Cache
 from latentclip.step_log import StepLog, log_skip
@@ -126,7 +126,10 @@ class Fit:
 
     def _train(self) -> dict[str, float]:
         """Train from the state at hand on; raises NotFiniteError, and the weights are then not to be used."""
-        trained = self.team.share(self.training.model)
+        shared = self.settings.shard_weights and self.team.size > 1
+        if shared:
+            self.training.share_out(self.team, self.settings.optimisation)
+        trained = self.training.model if shared else self.team.share(self.training.model)
         self.log = StepLog(self.run_folder, self.step, self.stage, self.settings) if self.team.leads else None
         metrics: dict[str, Any] = {"step": self.step}
         self.saved_step = self.step if self.training.checkpoint else None
@@ -248,10 +251,11 @@ class Fit:
         """
         if self.saved_step == self.step:
             return
-        training, tensors = self.training, self.training.tensors()
-        values = [value for kind in (training.model.state_dict(), *tensors.values()) for value in kind.values()]
+        training = self.training
+        values = [value for kind in training.tensors().values() for value in kind.values()]
         if not self.team.all_true(all_finite(values).reshape(1)).item():
             raise NotFiniteError(WEIGHT)
+        tensors = training.whole_tensors(keep=self.team.leads)
         if self.log:
             self._log()
             run, step, keep = self.run_folder, self.step, self.settings.keep_checkpoints
@@ -260,7 +264,7 @@ class Fit:
                 step_folder(run, step),
                 beside=not last,
                 then=partial(delete_old, run, step, keep, sound, metric),
-                model=training.model,
+                model=Weights(tensors.pop("model")),
                 config=training.config,
                 space=self.dataset.space,
                 grid=self.dataset.dataset.grid,

@@ -33,6 +33,8 @@ class FitSettings:
     """Pairs that a worker computes at a time; the rest of its share is accumulated, exactly. Default: all at once."""
     gradient_checkpointing: bool = False
     """Keep only what enters each block, and compute the rest again in the backward pass: slower, less memory."""
+    shard_weights: bool = False
+    """Share weights, gradients and moments out among the workers (FSDP2), for towers that one device does not hold."""
     compile: bool = False
     """Compile the towers with torch.compile: faster steps on GPUs, after minutes of compiling."""
     average: float | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentclip._commit import verify_checkpoint
 from latentclip.accumulation import check_micro_batch
-from latentclip.average import WeightAverage
+from latentclip.average import WeightAverage, averaged
 from latentclip.checkpoint import (
     checkpoint_folders,
     read_json,
@@ -31,9 +31,18 @@ from latentclip.initial import start_from
 from latentclip.latent_space import LatentSpace
 from latentclip.model import Config, build_model, require_tokenizer, resolve_config
 from latentclip.place import Team
+from latentclip.sharded import SCALARS, placed_like, shard, whole
 from latentclip.snapshot import Snapshot, read_snapshot
 from latentclip.text import Tokenizer, load_tokenizer
-from latentclip.training import build_optimiser, load_optimiser, optimiser_tensors
+from latentclip.training import (
+    MOMENTS,
+    Optimisation,
+    build_optimiser,
+    check_embedding_first,
+    load_optimiser,
+    optimiser_tensors,
+    parameters,
+)
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 """What the sigmoid loss starts from, where a config does not say it (Zhai et al., 2023, section 3.2)."""
@@ -58,6 +67,8 @@ class Training:
     """Numbers of the batches that are skipped."""
     checkpoint: Path | None = None
     """Where it was read from; None for one that begins."""
+    scalars: frozenset[str] | None = None
+    """Names of the scalars among its tensors, once they are shared out; None while every worker holds all."""
 
     @property
     def data_step(self) -> int:
@@ -65,9 +76,27 @@ class Training:
         return data_step(self.step, self.skips)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What its checkpoint holds beside the weights, a file each."""
+        """What its checkpoint holds, a file each; of what is shared out this worker's part."""
         average = {"average": self.average.tensors} if self.average else {}
-        return {"optimiser": optimiser_tensors(self.optimiser), **average}
+        return {"model": self.model.state_dict(), "optimiser": optimiser_tensors(self.optimiser), **average}
+
+    def whole_tensors(self, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """The same put together, where it is to be kept; every worker must ask for it where weights are shared out."""
+        if self.scalars is None:
+            return self.tensors()
+        return {kind: whole(values, self.scalars, keep) for kind, values in self.tensors().items()}
+
+    def share_out(self, team: Team, optimisation: Optimisation) -> None:
+        """Share weights, moments and averages, which every worker holds, out among a team."""
+        before, trained = self.tensors(), parameters(self.optimiser)
+        moments = {f"{index}.{name}" for index, value in enumerate(trained) if not value.ndim for name in MOMENTS}
+        self.scalars = frozenset({*SCALARS, *moments})
+        shard(self.model, team)
+        self.optimiser = build_optimiser(self.model, optimisation)
+        load_optimiser(self.optimiser, before["optimiser"])
+        if self.average:
+            now = averaged(self.model)
+            self.average.tensors = {name: placed_like(now[name], value) for name, value in before["average"].items()}
 
     def state(self, settings: FitSettings) -> dict[str, Any]:
         """What its checkpoint holds as state.json."""
@@ -191,6 +220,7 @@ def _on_device(
 ) -> Training:
     require_tokenizer(model, tokenizer)
     check_micro_batch(model, settings.micro_batch)
+    check_embedding_first(model, settings.optimisation)
     model = model.train().to(device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
         model.set_grad_checkpointing()

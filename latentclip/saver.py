@@ -63,7 +63,7 @@ class Saver:
         others = {name: self._copy(name, values) for name, values in tensors.items()}
 
         def write() -> None:
-            save_checkpoint(folder, model=_Weights(weights), tensors=others, **rest)
+            save_checkpoint(folder, model=Weights(weights), tensors=others, **rest)
             then()
 
         self.under_way = self.thread.submit(write)
@@ -116,7 +116,7 @@ class HostCopy:
         return known
 
 
-class _Weights(nn.Module):
+class Weights(nn.Module):
     """What of a model a checkpoint holds, as a module without anything else."""
 
     def __init__(self, weights: Tensors) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentclip.accumulation import backward
 from latentclip.errors import UsageError
 from latentclip.losses import SharedClipLoss, SharedSigLipLoss
+from latentclip.sharded import full, local, placed_like
 
 EMBEDDING = ("visual.conv1.weight", "visual.positional_embedding")
 """What of open_clip's vision transformer depends on the pixels or latents it reads, and on their grid."""
@@ -110,6 +111,8 @@ class NotFiniteError(ArithmeticError):
         """Whether it is a weight: the step before is then to blame."""
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's running means of gradients and of their squares, by PyTorch's names."""
 WEIGHT = "a weight"
 CHECKED = (WEIGHT, "a latent", "the loss", "the gradient")
 """What a step checks, in the order of blame: each makes those after it bad as well."""
@@ -118,7 +121,8 @@ CHECKED = (WEIGHT, "a latent", "the loss", "the gradient")
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether every value is finite, a bool scalar on their device: one fused reading, and nothing waits for it."""
-    return torch.nn.utils.get_total_norm([value for value in tensors if value.is_floating_point()]).isfinite()
+    parts = [local(value) for value in tensors]  # each worker looks at its own
+    return torch.nn.utils.get_total_norm([value for value in parts if value.is_floating_point()]).isfinite()
 
 
 def training_step(
@@ -147,10 +151,10 @@ def training_step(
     loss, logit_scale = backward(model, loss_function, latents, text, micro_batch, context)
     if embedding_only:
         drop_gradients_but_of_embedding(model)
-    trained = [value for group in optimiser.param_groups for value in group["params"]]
+    trained = parameters(optimiser)
     gradients = [value.grad for value in trained if value.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    flags = [all_finite(trained), latents.isfinite().all(), loss.isfinite(), norm.isfinite()]
+    flags = [all_finite(trained), latents.isfinite().all(), loss.isfinite(), full(norm).isfinite()]
     good = agree(torch.stack(flags)).tolist()  # the one point of a step where the device is waited for
     if not all(good):
         raise NotFiniteError(CHECKED[good.index(False)])
@@ -159,7 +163,16 @@ def training_step(
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)  # now, so that a checkpoint is written without them in memory
     clamp_logit_scale(model, settings.max_logit_scale)
-    return {"loss": loss, "gradient_norm": norm.detach(), "logit_scale": logit_scale}
+    return {"loss": loss, "gradient_norm": full(norm).detach(), "logit_scale": logit_scale}
+
+
+def check_embedding_first(model: nn.Module, settings: Optimisation) -> None:
+    """Raise UsageError if the embedding is to move first and the model has none that could be told from the rest."""
+    if settings.embedding_first > 0 and not set(EMBEDDING) <= dict(model.named_parameters()).keys():
+        raise UsageError(
+            "--embedding-first needs a vision transformer of open_clip, with a patch embedding and positions; leave it "
+            "away, or choose such a model"
+        )
 
 
 def drop_gradients_but_of_embedding(model: nn.Module) -> None:
@@ -177,6 +190,11 @@ def clamp_logit_scale(model: nn.Module, largest: float) -> None:
     bare.logit_scale.clamp_(0, math.log(largest))
 
 
+def parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """The weights that an optimiser moves, in the order by which its state numbers them."""
+    return [value for group in optimiser.param_groups for value in group["params"]]
+
+
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors (`3.exp_avg`: of the fourth parameter), for safetensors."""
     state = optimiser.state_dict()["state"]
@@ -189,20 +207,21 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor])
     Raises UsageError for tensors that are not of these parameters or not finite. A parameter may have none: one that
     never had a gradient.
     """
-    parameters = [value for group in optimiser.param_groups for value in group["params"]]
+    trained = parameters(optimiser)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        if not (index.isdecimal() and int(index) < len(parameters)):
+        if not (index.isdecimal() and int(index) < len(trained)):
             raise UsageError(f"the optimiser's state holds {key}, which the model has not")
-        expected = () if name == "step" else parameters[int(index)].shape
-        if value.shape != expected or not value.is_floating_point() or not value.isfinite().all():
+        expected = () if name == "step" else trained[int(index)].shape
+        shapes = (expected, ()) if expected == (1,) else (expected,)  # a scalar that is shared out
+        if value.shape not in shapes or not value.is_floating_point() or not value.isfinite().all():
             raise UsageError(f"{key} of the optimiser's state is of another model, or not finite")
         if name != "step":
             # The fused update reads weights and moments in the order in which they lie in memory.
-            value = torch.empty_like(parameters[int(index)]).copy_(value)
+            value = placed_like(trained[int(index)], value)
         state.setdefault(int(index), {})[name] = value
     for number, values in state.items():
-        if set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+        if set(values) != {"step", *MOMENTS}:
             raise UsageError(f"the optimiser's state of parameter {number} is {sorted(values)}, which is not AdamW's")
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -37,6 +37,7 @@ def costs(config: TrainConfig) -> str:
         settings.optimisation,
         checkpointing=settings.gradient_checkpointing,
         averaged=settings.average is not None,
+        sharded=settings.shard_weights,
     )
     numbers = sorted({team_size(settings.batch_size, number) for number in (*NUMBERS, config.workers)})
     rows = [HEADER, *(tuple(row(config, cost, number)) for number in numbers)]

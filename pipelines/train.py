@@ -52,7 +52,7 @@ FREE_TO_CHANGE = (
         "max_rise_steps",
         "wandb",
     ),
-    *("micro_batch", "gradient_checkpointing", "compile"),
+    *("micro_batch", "gradient_checkpointing", "shard_weights", "compile"),
 )
 """Settings that may differ when a run goes on: they do not change what is learned, but for rounding."""
 

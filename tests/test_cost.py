@@ -98,6 +98,14 @@ def test_workers_share_logits_and_add_buckets() -> None:
     assert cost(TINY, 32, averaged=True).memory(8).weights == 2 * alone.weights
 
 
+def test_what_is_shared_out_is_divided_by_the_workers() -> None:
+    whole, parts = (cost(TINY, 32, sharded=sharded).memory(1024, 8) for sharded in (False, True))
+    for name in ("weights", "moments"):
+        assert getattr(parts, name) == getattr(whole, name) // 8
+    assert parts.gradients == whole.gradients // 16, "and nothing is in buckets"
+    assert parts.activations == whole.activations
+
+
 def test_a_sigmoid_loss_and_a_frozen_text_tower_have_a_cost_too() -> None:
     assert cost(TINY, 32, Optimisation(loss="siglip")).memory(64).loss > 0
     frozen = cost("Latent-ResNet-10-MiniLM", 8)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fits import MODEL, fit, lines, small_latents
 from safetensors.torch import save_file
+from test_model import on_timm
 
 from latentclip.checkpoint import newest_good, read_model
 from latentclip.dataset import LatentDataset
@@ -64,6 +65,13 @@ def test_the_embedding_moves_first_and_then_everything(latents: LatentDataset, t
     assert all(not torch.equal(value, end[name]) for name, value in half.items())
     fit(latents, tmp_path / "whole", **options).run()
     assert lines(tmp_path / "half") == lines(tmp_path / "whole")
+
+
+def test_a_model_without_a_patch_embedding_is_refused(latents: LatentDataset, tmp_path: Path) -> None:
+    (tmp_path / "net.json").write_text(json.dumps(on_timm()))
+    options = {"model": str(tmp_path / "net.json"), "optimisation": Optimisation(embedding_first=0.5)}
+    with pytest.raises(UsageError, match="--embedding-first needs a vision transformer"):
+        begun(latents, tmp_path / "run", **options)
 
 
 def test_an_older_run_can_be_started_from(latents: LatentDataset, tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def work(rank: int, root: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'store'}", rank=rank, world_size=2)
     train(root, "two", Place(rank, 2))
     train(root, "two-in-parts", Place(rank, 2), micro_batch=5)
+    train(root, "two-sharded", Place(rank, 2), shard_weights=True)
+    train(root, "two-sharded-in-parts", Place(rank, 2), shard_weights=True, micro_batch=5, gradient_checkpointing=True)
     train(root, "two-siglip", Place(rank, 2), siglip=True)
     train(root, "two-siglip-in-parts", Place(rank, 2), siglip=True, micro_batch=4)
     torch.distributed.destroy_process_group()
@@ -115,6 +117,7 @@ def expected(root: Path) -> dict[bool, list[float]]:
     [
         *("one", "one-in-parts", "one-checkpointed", "one-siglip", "one-siglip-in-parts"),
         *("two", "two-in-parts", "two-siglip", "two-siglip-in-parts"),
+        *("two-sharded", "two-sharded-in-parts"),
     ],
 )
 def test_losses_are_those_of_a_plain_loop(run: str, root: Path, expected: dict[bool, list[float]]) -> None:
