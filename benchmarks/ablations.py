@@ -1,0 +1,133 @@
+"""What a change of the training does to quality: each variant trained with several seeds, compared seed by seed.
+
+    encoded latents  ->  train.py and evaluate.py of each variant and seed  ->  RESULTS.jsonl  ->  a table
+    python benchmarks/ablations.py variants.json --experiment demo --results ablations.jsonl --out runs/ablations
+
+variants.json names lists of flags of train.py, and one of them is `baseline`:
+    {"baseline": [], "average": ["--average", "0.99"], "calm": ["--max-logit-scale", "30"]}
+
+Runs that are in RESULTS already are not repeated, so that a table may grow over days. A cell is the mean over the
+seeds; a difference is that to the baseline with its 95 % interval (Student's t of the differences by seed). `--train`
+and `--evaluate` are flags for every variant, such as `--latents`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """What is compared."""
+
+    variants: Annotated[Path, tyro.conf.Positional]
+    """JSON: a name for each list of train.py's flags."""
+    experiment: str = "demo"
+    """Experiment whose values all variants begin with."""
+    results: Path = Path("ablations.jsonl")
+    """File that runs are added to."""
+    out: Path = Path("runs/ablations")
+    """Folder for the runs; a run's own is removed once it is in the results."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each variant."""
+    metric: str = "image_to_text_r1"
+    """Metric of evaluate.py that is compared, of each set."""
+    train: str = ""
+    """Flags of train.py for all variants, in one string."""
+    evaluate: str = ""
+    """Flags of evaluate.py for all variants, in one string."""
+
+
+def run(config: Ablations, flags: list[str], seed: int) -> dict[str, Any]:
+    """Train and evaluate; returns the metric of each set, and the seconds of the training."""
+    folder = config.out / f"seed-{seed}-{time.time_ns()}"
+    common = [sys.executable, "pipelines/train.py", config.experiment, "--run", str(folder), "--seed", str(seed)]
+    begun = time.monotonic()
+    command([*common, *shlex.split(config.train), *flags])
+    seconds = time.monotonic() - begun
+    judge = [sys.executable, "pipelines/evaluate.py", config.experiment, "--checkpoint", str(folder)]
+    command([*judge, "--out", str(folder), *shlex.split(config.evaluate)])
+    found = json.loads((folder / "metrics.json").read_text())
+    sets = {"": found} if "value" in next(iter(found.values())) else found
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    shutil.rmtree(folder)
+    return {
+        "metrics": {name: measures[config.metric]["value"] for name, measures in sets.items()},
+        "steps": len(lines),
+        "seconds": round(seconds, 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}",
+        "torch": version("torch"),
+    }
+
+
+def command(arguments: list[str]) -> None:
+    """Run a program of this project; raises its last words if it fails."""
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def table(results: list[dict[str, Any]], seeds: tuple[int, ...]) -> str:
+    """Markdown: a row a variant, a column a set, each difference to the baseline with its interval."""
+    by_variant: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        if result["seed"] in seeds:
+            by_variant.setdefault(result["variant"], {})[result["seed"]] = result
+    base = by_variant[BASELINE]
+    sets = list(next(iter(base.values()))["metrics"])
+    lines = [f"| variant | flags | seeds | seconds | {' | '.join(sets)} |", "|---" * (4 + len(sets)) + "|"]
+    for variant, runs in by_variant.items():
+        cells = [cell(runs, base, name, variant == BASELINE) for name in sets]
+        seconds = np.mean([one["seconds"] for one in runs.values()])
+        flags = shlex.join(next(iter(runs.values()))["flags"])
+        lines.append(f"| {variant} | `{flags}` | {len(runs)} | {seconds:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(runs: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], name: str, is_base: bool) -> str:
+    """The mean of a set's metric and, beside a baseline, the difference by seed."""
+    mean = f"{np.mean([one['metrics'][name] for one in runs.values()]):.3f}"
+    apart = [runs[seed]["metrics"][name] - base[seed]["metrics"][name] for seed in sorted(runs.keys() & base.keys())]
+    if is_base or len(apart) < 2:
+        return mean
+    half = stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart)
+    return f"{mean} ({np.mean(apart):+.3f} ± {half:.3f})"
+
+
+def main(config: Ablations) -> None:
+    """Do what is not done yet, seed by seed, and print the table after each round."""
+    variants = json.loads(config.variants.read_text())
+    known = config.results.read_text().splitlines() if config.results.exists() else []
+    results = [json.loads(line) for line in known]
+    for seed in config.seeds:
+        for variant, flags in variants.items():
+            same = {"variant": variant, "flags": flags, "seed": seed}
+            if any(same.items() <= result.items() for result in results):
+                continue
+            results.append({**same, **run(config, flags, seed)})
+            with config.results.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            print(json.dumps(results[-1]), flush=True)
+    print(table([result for result in results if result["variant"] in variants], config.seeds))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Ablations))
