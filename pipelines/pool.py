@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from latentclip.errors import UsageError
+from pipelines.worker_exit import end_at_once
 
 IN_FLIGHT = 2
 """Shards an actor has at once: one is read or written while the codec works for the other. Losing it repeats both."""
@@ -54,6 +55,7 @@ class _Started:
     """
 
     def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
+        end_at_once()
         self._make = make
         self._arguments = arguments
         self._worker: Worker | None = None

@@ -23,6 +23,7 @@ from latentclip.dataset import LatentDataset
 from latentclip.fit import Fit, Place
 from latentclip.storage import is_remote
 from pipelines.configs import TrainConfig
+from pipelines.worker_exit import end_at_once
 
 NOTICE_SECONDS = 1.0
 """Seconds between questions after a notice of preemption."""
@@ -84,6 +85,7 @@ class StopWatch:
 
 def worker(arguments: dict[str, Any]) -> None:
     """One rank of the training, in a process of its own."""
+    end_at_once()
     config: TrainConfig = arguments["config"]
     arguments["credentials"].open()
     desk, context, device = arguments["desk"], ray.train.get_context(), ray.train.torch.get_device()
