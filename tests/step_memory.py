@@ -19,8 +19,12 @@ from latentclip.training import Optimisation, build_loss, build_optimiser, train
 
 
 def environment() -> dict[str, str]:
-    """Blocks of 64 KiB and more are the kernel's own again once they are freed; one thread, one arena."""
-    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    """Blocks of 64 KiB and more are the kernel's own again once they are freed; one thread, one arena.
+
+    A Ray that ran in this process has left other settings of the allocator.
+    """
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return {**plain, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
 
 def measured(model: str, grid: int, checkpointing: bool, batches: list[int]) -> list[int]:
