@@ -172,7 +172,8 @@ def main(arguments: Sequence[str]) -> int:
     if not run(config):
         print("stopped; run the same command to go on", file=sys.stderr)
         return 130
-    print(f"train: done -> {config.run}")
+    if not config.dry_run:
+        print(f"train: done -> {config.run}")
     return 0
 
 
