@@ -32,6 +32,7 @@ def train(
         return
     store = f"file://{root / f'store-{run}-{workers}-{until}'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
+    torch.distributed.barrier()  # one that is left over would leave while others still connect to it
     made = fit(LatentDataset(root / "latents"), root / run, until=until, place=Place(rank, workers), **changes)
     if spoiled_at >= 0 and rank == 1:
         spoil_latents(made, spoiled_at, float("nan"))
