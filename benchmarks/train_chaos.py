@@ -42,8 +42,8 @@ LARGE = 1920
 class TrainChaosBenchmark:
     """What happens how often."""
 
-    steps: int = 600
-    """Steps of the trainings that are killed and given notice."""
+    steps: int = 2000
+    """Steps of the trainings that are killed and given notice: enough that all of it is done before their end."""
     workers: int = 8
     """Training workers killed."""
     nodes: int = 6
