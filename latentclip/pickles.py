@@ -86,6 +86,7 @@ class _Checkpoint:
         try:
             with zipfile.ZipFile(file) as archive:
                 found = archive.infolist()
+        # NotImplementedError is zipfile's for a directory that asks for a later version of the format.
         except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
             raise RefusedError(f"is no whole zip ({error})") from None
         members = {}

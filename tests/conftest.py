@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from s3_servers import KEYS, s3_server
 
 from pipelines.cluster import cluster
@@ -23,6 +24,15 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster for the tests of one module."""
     with cluster():
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch: of a small model two wait for one another most of the time, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

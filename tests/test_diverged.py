@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from fits import fit, lines, small_latents
 
 from latentclip.checkpoint import checkpoint_folders
@@ -26,19 +24,13 @@ def learning(latents: LatentDataset, run: Path, until: int = LEARNT, **changes: 
     return fit(latents, run, until=until, optimisation=recipe, **{**GUARD, **changes})
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def diverging(latents: LatentDataset, run: Path, until: int = END, **changes: object) -> Fit:
     """The same with a learning rate that destroys what was learnt."""
     recipe = Optimisation(learning_rate=1.0, warmup=0.0)
     return fit(latents, run, until=until, optimisation=recipe, **{**GUARD, **changes})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model takes longer on several, where other work shares the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +79,6 @@ def work(rank: int, root: Path) -> None:
     train(root, "two-siglip", Place(rank, 2), siglip=True)
     train(root, "two-siglip-in-parts", Place(rank, 2), siglip=True, micro_batch=4)
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """As the workers: on a busy machine two threads wait for one another most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
