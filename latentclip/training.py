@@ -18,6 +18,8 @@ from latentclip.sharded import full, local, placed_like
 
 EMBEDDING = ("visual.conv1.weight", "visual.positional_embedding")
 """What of open_clip's vision transformer depends on the pixels or latents it reads, and on their grid."""
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+"""Of x86 CPUs, by PyTorch's names."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Optimisation:
     loss: Literal["clip", "siglip"] = "clip"
     """Contrastive objective: softmax (CLIP) or sigmoid (SigLIP)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast to bf16, or not; auto uses it on accelerators that have it."""
+    """Autocast to bf16, or not; auto uses it on devices that compute it faster than float32."""
     text_rate: float = 1.0
     """Learning rate of the text tower as a share of the other's; 0 freezes it (LiT: Zhai et al., 2022)."""
     embedding_first: float = 0.0
@@ -96,10 +98,17 @@ def build_loss(
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The autocast context of a precision on a device."""
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if precision == "bf16" or (precision == "auto" and capable):
+    if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 in hardware; a CPU that only imitates it takes twice the time of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    return device.type == "cpu" and any(found.get(name) for name in BF16_INSTRUCTIONS)
 
 
 class NotFiniteError(ArithmeticError):

@@ -45,9 +45,7 @@ DEMO = Experiment(
             model="Latent-ResNet-10-MiniLM",
             steps=800,
             batch_size=1024,
-            optimisation=Optimisation(
-                learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
-            ),
+            optimisation=Optimisation(learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0),
             augmentation=LatentAugmentation(shift=1, noise=0.1),
             plain_share=0.85,
         ),
@@ -79,9 +77,7 @@ PHOTOS = Experiment(
             model="Latent-ResNet-10-s2-MiniLM",
             max_minutes=2.5,
             batch_size=64,
-            optimisation=Optimisation(
-                learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0, precision="bf16"
-            ),
+            optimisation=Optimisation(learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0),
             augmentation=LatentAugmentation(crop=0.6, flip=0.5, noise=0.3),
         ),
     ),
