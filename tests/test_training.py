@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch import nn
 from latentclip.errors import UsageError
 from latentclip.training import (
     Optimisation,
+    autocast,
     build_optimiser,
     clamp_logit_scale,
     learning_rate,
@@ -24,6 +28,16 @@ def test_warm_up_then_cosine() -> None:
     assert learning_rate(0.1, recipe) == pytest.approx(2)
     assert learning_rate(0.55, recipe) == pytest.approx(0.5 * (2 + 0.5))
     assert learning_rate(1, recipe) == pytest.approx(0.5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86")
+def test_auto_precision_is_bf16_where_the_cpu_has_instructions_for_it() -> None:
+    if not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("this version of torch does not say what the CPU can do")
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    for precision, half in (("auto", "avx512_bf16" in flags or "amx_bf16" in flags), ("bf16", True), ("fp32", False)):
+        with autocast(torch.device("cpu"), precision):
+            assert (torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")) == half
 
 
 def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
