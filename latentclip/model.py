@@ -6,6 +6,8 @@ Beside open_clip's own keys a config may hold, in `vision_cfg`:
     timm_model_args                    keyword arguments for timm.create_model
     timm_stem                          {"kernel_size", "stride", "pool"}: another first convolution `conv1`, and whether
                                        `maxpool` stays; latents are downsampled already, so a small grid needs no more
+    timm_strides                       {stage: stride}, such as {"layer4": 1}: another stride of a stage's convolutions
+                                       that have one, for the same reason
 and in `text_cfg`:
     locked                             true freezes a pretrained text tower, false trains it
 The names latent_* are those of the published Latent-CLIP configs (arXiv 2503.08455).
@@ -32,7 +34,8 @@ from latentclip.text import FrozenTextEncoder, Tokenizer, pretrained_folder
 
 Config = dict[str, Any]
 _CONFIGS = Path(__file__).parent / "model_configs"
-OWN_VISION_KEYS = {"latent_factor", "latent_n_channels", "latent_encoder_name", "timm_model_args", "timm_stem"}
+OWN_VISION_KEYS = {"latent_factor", "latent_n_channels", "latent_encoder_name"}
+OWN_VISION_KEYS |= {"timm_model_args", "timm_stem", "timm_strides"}
 """Keys of `vision_cfg` that open_clip does not know."""
 _LOADS_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _PLACEHOLDER = {"layers": 1, "width": 64, "patch_size": 1, "image_size": 1}
@@ -135,6 +138,8 @@ class TimmTower(TimmModel):
             size = stem["kernel_size"]
             self.trunk.conv1 = _with(self.trunk.conv1, kernel_size=size, stride=stem["stride"], padding=size // 2)
             self.trunk.maxpool = self.trunk.maxpool if stem["pool"] else nn.Identity()
+        for stage, stride in vision.get("timm_strides", {}).items():
+            _set_stride(self.trunk.get_submodule(stage), stride)
         dropout = nn.Dropout(vision.get("timm_drop", 0.0))
         width: Any = self.trunk.num_features
         projection = nn.Linear(width, embed_dim, bias=vision.get("timm_proj_bias", False))
@@ -161,6 +166,15 @@ def _text_source(text: Config, folder: Path | None) -> Config:
     if pretrained and not any(source.glob("*.safetensors")):
         raise UsageError(f"{source} has no weights in safetensors, and others are not read; give a folder that has")
     return {"hf_model_name": str(source), "hf_model_pretrained": pretrained}
+
+
+def _set_stride(stage: nn.Module, stride: int) -> None:
+    """Give the convolutions of a stage that have a stride another one."""
+    strided = [part for part in stage.modules() if isinstance(part, nn.Conv2d) and max(part.stride) > 1]
+    if not strided:
+        raise UsageError("a stage named in timm_strides has no convolution with a stride; leave it away there")
+    for convolution in strided:
+        convolution.stride = (stride, stride)
 
 
 def _with(convolution: Any, **changes: Any) -> nn.Conv2d:

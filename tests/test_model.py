@@ -96,6 +96,18 @@ def test_stem_keeps_the_grid() -> None:
     assert model.encode_image(torch.randn(2, 16, 8, 8)).shape == (2, 16)
 
 
+def test_a_stage_may_keep_the_grid() -> None:
+    vision = {"timm_stem": {"kernel_size": 3, "stride": 1, "pool": False}, "timm_strides": {"layer4": 1}}
+    model = build_model(on_timm(**vision, timm_model_args={"layers": [1, 1, 1, 1]}), SMALL, 8)
+    assert model.visual.trunk.forward_features(torch.randn(2, 16, 8, 8)).shape[-1] == 2
+
+
+def test_a_stage_without_strides_is_a_sentence() -> None:
+    for stage, reason in (("layer1", "has no convolution with a stride"), ("layer9", "cannot be built")):
+        with pytest.raises(UsageError, match=reason):
+            build_model(on_timm(timm_strides={stage: 1}), SMALL, 8)
+
+
 def test_other_timm_networks_take_their_arguments() -> None:
     arguments = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 32], "patch_size": 1}
     model = build_model(on_timm("convnext_atto", timm_model_args=arguments, timm_drop=0.1), DEEP, 8)
