@@ -6,6 +6,7 @@ What depends on the clock or the machine is in the last two alone, so that sampl
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
 from latentclip.tracker import Tracker
 
+LOG, SKIPS = "samples.jsonl", "skips.jsonl"
 SCALARS = ("loss", "learning_rate", "logit_scale", "gradient_norm")
 """What of a line is shown."""
 
@@ -34,7 +36,7 @@ class StepLog:
     """
 
     def __init__(self, run: Path, step: int, stage: Path, settings: FitSettings) -> None:
-        self.path, self.stage = run / "samples.jsonl", stage
+        self.path, self.stage = run / LOG, stage
         self.watch = Watch(settings.max_rise, settings.max_rise_steps)
         self.waiting: list[dict[str, Any]] = []
         kept = list(_lines_before(step, self.path))
@@ -100,6 +102,14 @@ class StepLog:
             self.file.close()
 
 
+def sound_until(run: Path, settings: FitSettings) -> float:
+    """The last step whose checkpoint holds nothing of a rise of the loss, as far as the log of a run tells."""
+    watch = Watch(settings.max_rise, settings.max_rise_steps)
+    for line in _lines_before(sys.maxsize, run / LOG) if settings.max_rise is not None else ():
+        watch.see(line.step, line.loss)
+    return watch.sound_until
+
+
 def log_skip(run: Path, stage: Path, *, step: int, data_step: int, reason: str, keys: list[str]) -> None:
     """Add a batch that is skipped, with the keys in it, to skips.jsonl.
 
@@ -107,7 +117,7 @@ def log_skip(run: Path, stage: Path, *, step: int, data_step: int, reason: str, 
     """
     require(stage)
     line = json.dumps({"step": step, "data_step": data_step, "reason": reason, "keys": keys})
-    path = run / "skips.jsonl"
+    path = run / SKIPS
     with _named(path, stage), path.open("a+") as file:
         torn = file.tell() and not path.read_bytes().endswith(b"\n")  # by a writer that was killed
         file.write("\n" * torn + line + "\n")
