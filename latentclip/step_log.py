@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,11 +31,13 @@ class StepLog:
     """The log of a run from `step` on; what a training that was interrupted or went back wrote of later ones goes.
 
     It is a new file each time, out of `stage`, a claim of the run: an earlier writer goes on in a file without a name.
-    `watch` sees the losses of all its lines. Raises UsageError if the disk is full or Weights & Biases refuses the run,
-    and ClaimLostError if the claim was lost.
+    `watch` sees the losses of all its lines, and `say` gets a line for the user if Weights & Biases cannot be reached.
+    Raises UsageError if the disk is full or Weights & Biases refuses the run, and ClaimLostError if the claim was lost.
     """
 
-    def __init__(self, run: Path, step: int, stage: Path, settings: FitSettings) -> None:
+    def __init__(
+        self, run: Path, step: int, stage: Path, settings: FitSettings, say: Callable[[str], None] = print
+    ) -> None:
         self.path, self.stage = run / LOG, stage
         self.watch = Watch(settings.max_rise, settings.max_rise_steps)
         self.waiting: list[dict[str, Any]] = []
@@ -51,7 +53,7 @@ class StepLog:
             self.shown = run / "tensorboard"
             with _named(self.shown, stage):
                 self.board = SummaryWriter(str(self.shown), purge_step=step + 1)
-            self.tracker = Tracker(settings.wandb, run, stage, asdict(settings)) if settings.wandb else None
+            self.tracker = Tracker(settings.wandb, run, stage, asdict(settings), say) if settings.wandb else None
         except UsageError:
             self._close_file()
             raise
