@@ -54,9 +54,7 @@ class Tracker:
                 raise
             except wandb.errors.CommError as error:
                 reason = " ".join(str(error).split())
-                say(
-                    f"train: Weights & Biases cannot be reached ({reason}); `wandb sync {run}/wandb/*` can send it later"
-                )
+                say(f"train: Weights & Biases cannot be reached ({reason}); {run}/wandb has it, for `wandb sync` later")
                 wandb.teardown()  # its process still holds the run's id
                 self.run = begin(mode="offline")
         except wandb.errors.Error as error:
