@@ -45,8 +45,8 @@ class Tracker:
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off")
-        begin = partial(wandb.init, project, id=run_id(run, stage), name=run.name, dir=run, settings=quiet)
-        begin = partial(begin, resume="allow", config=dict(config))
+        known = {"project": project, "id": run_id(run, stage), "name": run.name, "config": dict(config)}
+        begin = partial(wandb.init, **known, dir=run, resume="allow", settings=quiet)
         try:
             try:
                 self.run: Any = begin()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -311,3 +313,27 @@ def test_checkpoints_are_uploaded_while_the_command_trains(
     assert uploaded[-1] == f"train: step 400 uploaded to {bucket}"
     assert list(there(bucket).values()) == [True, True]
     assert json.loads(Folder(bucket).read("train.config.json"))["settings"]["steps"] == 400
+
+
+def test_a_stopped_training_is_uploaded_before_the_command_ends(
+    ray_cluster: None, bucket: str, latents: LatentDataset, tmp_path: Path
+) -> None:
+    over = threading.Event()
+
+    def stop() -> None:
+        while not over.wait(0.05):
+            if (tmp_path / "samples.jsonl").is_file() and len(lines(tmp_path)) > 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    config = TrainConfig(str(latents.source), str(tmp_path), settings(steps=10**6), upload=bucket, threads=1)
+    try:
+        assert not train.run(config)
+    finally:
+        over.set()
+        stopping.join()
+    ((step, checkpoint),) = checkpoint_folders(tmp_path)
+    assert there(bucket) == {step: True}
+    assert Uploaded(bucket).holds(checkpoint, step)
