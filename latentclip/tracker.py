@@ -45,7 +45,7 @@ class Tracker:
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off")
-        known = {"project": project, "id": run_id(run, stage), "name": run.name, "config": dict(config)}
+        known: dict[str, Any] = {"project": project, "id": run_id(run, stage), "name": run.name, "config": dict(config)}
         begin = partial(wandb.init, **known, dir=run, resume="allow", settings=quiet)
         try:
             try:

@@ -241,7 +241,7 @@ def test_a_store_that_fails_ends_what_begins_and_not_what_goes_on(
     bucket: str, seaweedfs: str, latents: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(latents, tmp_path / "run", until=2).run()
-    monkeypatch.setenv("LATENTCLIP_STORE_SECONDS", "1")
+    monkeypatch.setenv("LATENTCLIP_STORE_SECONDS", "0.3")
     with FaultProxy(seaweedfs, always("hang", "GET")) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT", proxy.url)
         with pytest.raises(OSError, match=f"{bucket}.*: the store did not answer"):
@@ -283,9 +283,9 @@ def test_the_command_trains_whatever_the_store_does_and_uploads_when_it_can(
             ["demo", *(word for name, value in (options | more).items() for word in (f"--{name}", str(value)))]
         )
 
-    monkeypatch.setenv("LATENTCLIP_STORE_SECONDS", "2")
     with FaultProxy(seaweedfs, always("hang", "PUT")) as proxy, monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT", proxy.url)
+        patch.setenv("LATENTCLIP_STORE_SECONDS", "1")
         assert command("one") == 1
     shown = capsys.readouterr()
     assert f"train: the upload to {bucket} failed, and will be tried again: " in shown.out
