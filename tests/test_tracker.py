@@ -88,6 +88,7 @@ def test_servers_that_cannot_be_reached_do_not_end_a_training(
     made = fit(latents, tmp_path / "run", wandb="project")
     made.say = said.append
     made.run()
+    wandb.teardown()  # waits until its process has written everything
     (line,) = said
     assert line.startswith("train: Weights & Biases cannot be reached (")
     assert line.endswith(f"; {tmp_path}/run/wandb has it, for `wandb sync` later")
