@@ -21,7 +21,7 @@ LARGEST_COMMIT = 16 << 20
 
 def verify_checkpoint(folder: Path) -> None:
     """Raise UsageError, naming the file, unless every file is there with the bytes it was written with."""
-    for name, expected in _read_commit(folder)["files"].items():
+    for name, expected in read_commit(folder)["files"].items():
         file = folder / name
         try:
             whole = file.is_file() and file.stat().st_size == expected["bytes"]
@@ -60,7 +60,8 @@ def commit(folder: Path) -> None:
         _sync(path)
 
 
-def _read_commit(folder: Path) -> dict[str, Any]:
+def read_commit(folder: Path) -> dict[str, Any]:
+    """The commit of a folder, whatever else is there; raises UsageError unless it is one as it was written."""
     file = folder / COMMIT
     try:
         text = file.read_text() if file.is_file() and file.stat().st_size <= LARGEST_COMMIT else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,9 @@ from typing import BinaryIO
 
 STAGED = ".staging-"
 """What the names of files begin with that are being written, or were left by a killed writer."""
+
+_COPIED = 1 << 20
+"""Bytes of a file that are copied at a time."""
 
 Buffer = bytes | memoryview
 """What is published: a shard may lie in a mapped file."""
@@ -28,6 +32,17 @@ class LocalStore:
                 return [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(STAGED)]
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def tree(self) -> dict[str, int]:
+        found = {}
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                if name.startswith(STAGED):
+                    continue
+                path = Path(folder, name)
+                with suppress(FileNotFoundError):  # it was published under its name, or deleted, meanwhile
+                    found[path.relative_to(self.path).as_posix()] = path.stat().st_size
+        return found
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
@@ -59,7 +74,11 @@ class LocalStore:
     def open(self, name: str) -> BinaryIO:
         return (self.path / name).open("rb")
 
-    def write(self, name: str, data: Buffer, overwrite: bool) -> bool:
+    def upload(self, name: str, file: Path) -> None:
+        with file.open("rb") as source:
+            self.write(name, source, overwrite=True)
+
+    def write(self, name: str, data: Buffer | BinaryIO, overwrite: bool) -> bool:
         with self._named(name):
             self.path.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.path, os.O_RDONLY)
@@ -89,7 +108,7 @@ class LocalStore:
         os.replace(free, name, src_dir_fd=folder, dst_dir_fd=folder)
 
     @contextmanager
-    def _staged(self, data: Buffer) -> Iterator[str]:
+    def _staged(self, data: Buffer | BinaryIO) -> Iterator[str]:
         """The path of a synced file, one without a name wherever possible: a killed writer leaves nothing behind."""
         try:
             descriptor = os.open(self.path, os.O_TMPFILE | os.O_WRONLY, 0o666)
@@ -99,7 +118,10 @@ class LocalStore:
             descriptor = os.open(staged, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             with open(descriptor, "wb") as file:
-                file.write(data)
+                if isinstance(data, Buffer):
+                    file.write(data)
+                else:
+                    shutil.copyfileobj(data, file, _COPIED)
                 file.flush()
                 os.fsync(file.fileno())
                 yield staged
@@ -109,3 +131,7 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.path)

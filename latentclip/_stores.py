@@ -18,6 +18,10 @@ from latentclip.errors import UsageError
 _OBJECT_STORES = {"s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https"}
 _LISTING = 10
 """Deadlines that listing a folder may take: a request for each thousand names, every one with its own time limit."""
+_PART, _AT_ONCE = 16 << 20, 4
+"""Bytes of a part of an upload, and parts under way at a time: S3 takes at most 10,000 parts."""
+_UPLOADED = 64 << 20
+"""Bytes for which an upload may take a deadline."""
 
 
 class Store(Protocol):
@@ -27,6 +31,7 @@ class Store(Protocol):
     """
 
     def names(self) -> list[str]: ...
+    def tree(self) -> dict[str, int]: ...
     def exists(self, name: str) -> bool: ...
     def modified(self) -> dict[str, float]: ...
     def read(self, name: str) -> bytes: ...
@@ -34,7 +39,9 @@ class Store(Protocol):
     def read_range(self, name: str, start: int, stop: int) -> Buffer: ...
     def open(self, name: str) -> BinaryIO: ...
     def write(self, name: str, data: Buffer, overwrite: bool) -> bool: ...
+    def upload(self, name: str, file: Path) -> None: ...
     def delete(self, name: str) -> None: ...
+    def remove(self) -> None: ...
 
 
 class ObjectStore:
@@ -73,15 +80,13 @@ class ObjectStore:
         return True
 
     def modified(self) -> dict[str, float]:
-        from obstore.exceptions import GenericError
+        entries = self._listed(self.store.list_with_delimiter)["objects"]
+        named = (entry for entry in entries if entry["path"])  # SeaweedFS lists the folder itself, too
+        return {entry["path"]: entry["last_modified"].timestamp() for entry in named}
 
-        def listed() -> dict[str, float]:
-            entries = persist(self.seconds / 2, self.store.list_with_delimiter, may_pass=GenericError)["objects"]
-            named = (entry for entry in entries if entry["path"])  # SeaweedFS lists the folder itself, too
-            return {entry["path"]: entry["last_modified"].timestamp() for entry in named}
-
-        with self._named(""):
-            return within(_LISTING * self.seconds, self.url, listed)
+    def tree(self) -> dict[str, int]:
+        entries = self._listed(lambda: [entry for page in self.store.list() for entry in page])
+        return {entry["path"]: entry["size"] for entry in entries if entry["path"]}
 
     def read(self, name: str) -> bytes:
         return self._operate(name, lambda: bytes(self.store.get(name).bytes()))
@@ -111,17 +116,37 @@ class ObjectStore:
 
         return self._operate(name, put)
 
+    def upload(self, name: str, file: Path) -> None:
+        self._operate(
+            name,
+            lambda: self.store.put(name, file, chunk_size=_PART, max_concurrency=_AT_ONCE),
+            seconds=_upload_seconds(self.seconds, file),
+        )
+
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._operate(name, lambda: self.store.delete(name))
 
-    def _operate(self, name: str, operation: Callable[[], Result]) -> Result:
+    def remove(self) -> None:
+        if paths := list(self.tree()):
+            self._operate("", lambda: self.store.delete(paths))
+
+    def _listed(self, listing: Callable[[], Result]) -> Result:
         from obstore.exceptions import GenericError
 
-        with self._named(name):
+        with self._named(""):
             return within(
-                self.seconds, f"{self.url}/{name}", lambda: persist(self.seconds, operation, may_pass=GenericError)
+                _LISTING * self.seconds,
+                self.url,
+                lambda: persist(self.seconds / 2, listing, may_pass=GenericError),
             )
+
+    def _operate(self, name: str, operation: Callable[[], Result], seconds: float | None = None) -> Result:
+        from obstore.exceptions import GenericError
+
+        seconds = seconds or self.seconds
+        with self._named(name):
+            return within(seconds, f"{self.url}/{name}", lambda: persist(seconds, operation, may_pass=GenericError))
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -161,6 +186,15 @@ class OtherStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def tree(self) -> dict[str, int]:
+        def tree() -> dict[str, int]:
+            self.fs.invalidate_cache()
+            root = self.fs._strip_protocol(self.root).rstrip("/") + "/"
+            found = self.fs.find(self.root, detail=True)
+            return {name.removeprefix(root): int(entry["size"]) for name, entry in found.items()}
+
+        return within(_LISTING * self.seconds, self.url, tree)
+
     def exists(self, name: str) -> bool:
         return self._operate(name, lambda path: bool(self.fs.isfile(path)))
 
@@ -190,12 +224,23 @@ class OtherStore:
 
         return self._operate(name, write)
 
+    def upload(self, name: str, file: Path) -> None:
+        def upload(path: str) -> None:
+            self.fs.makedirs(self.root, exist_ok=True)
+            self.fs.put_file(str(file), path)
+
+        self._operate(name, upload, seconds=_upload_seconds(self.seconds, file))
+
     def delete(self, name: str) -> None:
         if self.exists(name):
             self._operate(name, self.fs.rm_file)
 
-    def _operate(self, name: str, operation: Callable[[str], Result]) -> Result:
-        return within(self.seconds, f"{self.url}/{name}", lambda: operation(f"{self.root}/{name}"))
+    def remove(self) -> None:
+        with suppress(FileNotFoundError):
+            within(_LISTING * self.seconds, self.url, lambda: self.fs.rm(self.root, recursive=True))
+
+    def _operate(self, name: str, operation: Callable[[str], Result], seconds: float | None = None) -> Result:
+        return within(seconds or self.seconds, f"{self.url}/{name}", lambda: operation(f"{self.root}/{name}"))
 
 
 def open_store(url: str) -> Store:
@@ -204,6 +249,10 @@ def open_store(url: str) -> Store:
     if scheme in ("", "file"):
         return LocalStore(Path(unquote(urlsplit(url).path) if scheme else url))
     return ObjectStore(url) if scheme in _OBJECT_STORES else OtherStore(url)
+
+
+def _upload_seconds(seconds: float, file: Path) -> float:
+    return seconds * (1 + file.stat().st_size / _UPLOADED)
 
 
 def _first_line(error: BaseException) -> str:

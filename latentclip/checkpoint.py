@@ -21,7 +21,7 @@ import math
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -102,11 +102,16 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step of the checkpoint whose folder has this name; None if it is the name of none."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found and f"step_{int(found[1]):08d}" == name else None
+
+
 def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
     """Step and path of what is named as a checkpoint of a run, newest first; it may be anything."""
-    found = ((_STEP.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step_*"))
-    steps = [(int(name[1]), path) for name, path in found if name]
-    return sorted((pair for pair in steps if pair[1] == step_folder(run, pair[0])), reverse=True)
+    found = ((step_of(path.name), path) for path in (run / "checkpoints").glob("step_*"))
+    return sorted(((step, path) for step, path in found if step is not None), reverse=True)
 
 
 def newest_good(run: Path, last: float = math.inf) -> Path | None:
@@ -121,16 +126,28 @@ def delete_old(run: Path, step: int, keep: int, sound_until: float = math.inf, m
     `metric`. What claims to be of a later step is not of this training, and damaged ones do not count: neither makes a
     good one old. The files of those that count are read.
     """
-    steps = [(number, folder) for number, folder in checkpoint_folders(run) if number <= step]
+    folders = {number: folder for number, folder in checkpoint_folders(run) if number <= step}
+    best = best_step(run, metric, list(folders)) if metric else None
+    for number in outdated(list(folders), lambda number: is_good(folders[number]), keep, sound_until, best):
+        remove(folders[number])
+
+
+def outdated(
+    steps: Sequence[int], counts: Callable[[int], bool], keep: int, sound_until: float, best: int | None
+) -> list[int]:
+    """Of `steps`, newest first, those that are older than the `keep` newest that count, but for two that stay.
+
+    These are the newest that counts of `sound_until` or before, and `best`. Asks of no more than it must whether they
+    count.
+    """
     if len(steps) <= keep:
-        return
-    good = (number for number, folder in steps if is_good(folder))
-    newest = list(islice(good, keep))
-    sound = next((number for number in chain(newest, good) if number <= sound_until), None)
-    best = best_step(run, metric, [number for number, _ in steps]) if metric else None
-    for number, folder in steps:
-        if len(newest) == keep and number < newest[-1] and number not in (sound, best):
-            remove(folder)
+        return []
+    counted = (step for step in steps if counts(step))
+    newest = list(islice(counted, keep))
+    if len(newest) < keep:
+        return []
+    sound = next((step for step in chain(newest, counted) if step <= sound_until), None)
+    return [step for step in steps if step < newest[-1] and step not in (sound, best)]
 
 
 def find_checkpoint(path: str | Path) -> Path:

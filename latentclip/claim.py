@@ -18,7 +18,8 @@ import errno
 import shutil
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from latentclip.errors import UsageError
@@ -57,6 +58,16 @@ def release(stage: Path) -> None:
     _discard(stage, writer)  # by its own name: another claim's folder may be in the place of `writer` by now
     with suppress(OSError):
         writer.rmdir()  # which leaves another claim's, as it is not empty
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[Path]:
+    """A claim of `folder` that is given up at the end of the `with`."""
+    stage = claim(folder)
+    try:
+        yield stage
+    finally:
+        release(stage)
 
 
 def publish(part: Path, final: Path) -> None:

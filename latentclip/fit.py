@@ -130,7 +130,7 @@ class Fit:
         if shared:
             self.training.share_out(self.team, self.settings.optimisation)
         trained = self.training.model if shared else self.team.share(self.training.model)
-        self.log = StepLog(self.run_folder, self.step, self.stage, self.settings) if self.team.leads else None
+        self.log = StepLog(self.run_folder, self.step, self.stage, self.settings, self.say) if self.team.leads else None
         metrics: dict[str, Any] = {"step": self.step}
         self.saved_step = self.step if self.training.checkpoint else None
         self.clock = self.saved_time = time.monotonic()

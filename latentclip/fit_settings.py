@@ -40,7 +40,7 @@ class FitSettings:
     average: float | None = None
     """Decay of an exponential moving average of the weights, which is then what a checkpoint is used with."""
     start_from: str | None = None
-    """Weights to start from: a checkpoint, or an open_clip folder or hub name, of pixels or latents."""
+    """Weights to start from, of pixels or latents: a checkpoint, ours or published, a folder or a hub name."""
     optimisation: Annotated[Optimisation, Flat] = field(default_factory=Optimisation)
     augmentation: Annotated[LatentAugmentation, Flat] = field(default_factory=LatentAugmentation)
     plain_share: float = 0.0

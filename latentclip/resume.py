@@ -185,7 +185,7 @@ def begin(dataset: LatentDataset, settings: FitSettings, device: torch.device) -
     config = training_config(dataset, settings)
     model, tokenizer = build_model(config, space, grid), load_tokenizer(config)
     if settings.start_from:
-        start_from(model, settings.start_from)
+        start_from(model, settings.start_from, space)
     return _on_device(model, config, tokenizer, dataset.snapshot, settings, device)
 
 

@@ -6,7 +6,8 @@ What depends on the clock or the machine is in the last two alone, so that sampl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
 from latentclip.tracker import Tracker
 
+LOG, SKIPS = "samples.jsonl", "skips.jsonl"
 SCALARS = ("loss", "learning_rate", "logit_scale", "gradient_norm")
 """What of a line is shown."""
 
@@ -29,12 +31,14 @@ class StepLog:
     """The log of a run from `step` on; what a training that was interrupted or went back wrote of later ones goes.
 
     It is a new file each time, out of `stage`, a claim of the run: an earlier writer goes on in a file without a name.
-    `watch` sees the losses of all its lines. Raises UsageError if the disk is full or Weights & Biases refuses the run,
-    and ClaimLostError if the claim was lost.
+    `watch` sees the losses of all its lines, and `say` gets a line for the user if Weights & Biases cannot be reached.
+    Raises UsageError if the disk is full or Weights & Biases refuses the run, and ClaimLostError if the claim was lost.
     """
 
-    def __init__(self, run: Path, step: int, stage: Path, settings: FitSettings) -> None:
-        self.path, self.stage = run / "samples.jsonl", stage
+    def __init__(
+        self, run: Path, step: int, stage: Path, settings: FitSettings, say: Callable[[str], None] = print
+    ) -> None:
+        self.path, self.stage = run / LOG, stage
         self.watch = Watch(settings.max_rise, settings.max_rise_steps)
         self.waiting: list[dict[str, Any]] = []
         kept = list(_lines_before(step, self.path))
@@ -49,7 +53,7 @@ class StepLog:
             self.shown = run / "tensorboard"
             with _named(self.shown, stage):
                 self.board = SummaryWriter(str(self.shown), purge_step=step + 1)
-            self.tracker = Tracker(settings.wandb, run, stage, asdict(settings)) if settings.wandb else None
+            self.tracker = Tracker(settings.wandb, run, stage, asdict(settings), say) if settings.wandb else None
         except UsageError:
             self._close_file()
             raise
@@ -100,6 +104,14 @@ class StepLog:
             self.file.close()
 
 
+def sound_until(run: Path, settings: FitSettings) -> float:
+    """The last step whose checkpoint holds nothing of a rise of the loss, as far as the log of a run tells."""
+    watch = Watch(settings.max_rise, settings.max_rise_steps)
+    for line in _lines_before(sys.maxsize, run / LOG) if settings.max_rise is not None else ():
+        watch.see(line.step, line.loss)
+    return watch.sound_until
+
+
 def log_skip(run: Path, stage: Path, *, step: int, data_step: int, reason: str, keys: list[str]) -> None:
     """Add a batch that is skipped, with the keys in it, to skips.jsonl.
 
@@ -107,7 +119,7 @@ def log_skip(run: Path, stage: Path, *, step: int, data_step: int, reason: str, 
     """
     require(stage)
     line = json.dumps({"step": step, "data_step": data_step, "reason": reason, "keys": keys})
-    path = run / "skips.jsonl"
+    path = run / SKIPS
     with _named(path, stage), path.open("a+") as file:
         torn = file.tell() and not path.read_bytes().endswith(b"\n")  # by a writer that was killed
         file.write("\n" * torn + line + "\n")

@@ -22,7 +22,7 @@ LIST_PAGE = 1_000
 
 
 class Folder:
-    """A flat folder: a local path, `file://`, `s3://`, `gs://`, `az://`, or any URL fsspec knows. It may not exist yet.
+    """A folder: a local path, `file://`, `s3://`, `gs://`, `az://`, or any URL fsspec knows. It may not exist yet.
 
     Raises UsageError if the URL cannot be opened; failures of a store are OSErrors that name the object.
     """
@@ -42,6 +42,10 @@ class Folder:
     def names(self) -> list[str]:
         """The names of the files directly inside, sorted; empty if the folder is absent."""
         return sorted(self._store.names())
+
+    def tree(self) -> dict[str, int]:
+        """Bytes of each file in this folder and those below, by its path from here; empty if the folder is absent."""
+        return self._store.tree()
 
     def exists(self, name: str) -> bool:
         """Whether a file of this name is there."""
@@ -79,9 +83,20 @@ class Folder:
         """Write or overwrite, atomically. For logs and metrics, never for what is published."""
         self._store.write(name, data, overwrite=True)
 
+    def upload(self, name: str, file: Path) -> None:
+        """Write or overwrite with the bytes of a file of any size, atomically; what takes the longer, the larger it is.
+
+        For what has a single writer, as for `replace`.
+        """
+        self._store.upload(name, file)
+
     def delete(self, name: str) -> None:
         """Remove a file; absent is fine."""
         self._store.delete(name)
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it, in any order; absent is fine."""
+        self._store.remove()
 
 
 def locate(url: str | Path) -> tuple[Folder, str]:

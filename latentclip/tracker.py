@@ -11,8 +11,9 @@ import importlib.util
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,30 @@ def require_wandb() -> None:
 class Tracker:
     """A run of the Weights & Biases project `project`, begun or gone on with; `config` is shown beside it.
 
-    Raises UsageError where it refuses, as without a key, and ClaimLostError if `stage`, a claim of the run, was lost.
+    Where the servers cannot be reached (for the 90 s of WANDB_INIT_TIMEOUT), it is kept in the run's folder as in the
+    offline mode, and `say` gets a line. Raises UsageError where it refuses, as without a key, and ClaimLostError if
+    `stage`, a claim of the run, was lost.
     """
 
-    def __init__(self, project: str, run: Path, stage: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, project: str, run: Path, stage: Path, config: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
         require_wandb()
         import wandb
 
-        known = run_id(run, stage)
         quiet = wandb.Settings(silent=True, console="off")
+        known: dict[str, Any] = {"project": project, "id": run_id(run, stage), "name": run.name, "config": dict(config)}
+        begin = partial(wandb.init, **known, dir=run, resume="allow", settings=quiet)
         try:
-            self.run: Any = wandb.init(
-                project=project, id=known, name=run.name, dir=run, resume="allow", config=dict(config), settings=quiet
-            )
+            try:
+                self.run: Any = begin()
+            except wandb.errors.AuthenticationError:
+                raise
+            except wandb.errors.CommError as error:
+                reason = " ".join(str(error).split())
+                say(f"train: Weights & Biases cannot be reached ({reason}); {run}/wandb has it, for `wandb sync` later")
+                wandb.teardown()  # its process still holds the run's id
+                self.run = begin(mode="offline")
         except wandb.errors.Error as error:
             raise UsageError(
                 f"Weights & Biases refuses the run ({error}); set WANDB_API_KEY or WANDB_MODE=offline, or drop --wandb"

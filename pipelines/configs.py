@@ -62,6 +62,10 @@ class EncodeConfig:
             raise UsageError("--limit counts pairs over all shards and --shards takes some; give one of them")
 
 
+TRAIN_FILE = "train.config.json"
+"""Name of the configuration in a run's folder."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a Latent-CLIP on latent shards."""
@@ -85,6 +89,8 @@ class TrainConfig:
     """Latent shards on which checkpoints are judged while the training goes on; several sets as NAME=FOLDER."""
     validation_minutes: float = 30.0
     """Minutes from the start of a validation to that of the next, which takes the newest checkpoint."""
+    upload: str | None = None
+    """Folder or URL that checkpoints are copied to while the training goes on; an empty `--run` goes on from there."""
     retries: int = 3
     """Times that lost workers are replaced before the job fails; nodes that are taken away with notice do not count."""
     ray_address: str | None = None

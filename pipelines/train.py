@@ -33,14 +33,14 @@ from latentclip.resume import reached
 from latentclip.storage import Folder
 from latentclip.text import load_tokenizer
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
-from pipelines.configs import TrainConfig, parse, write_config
+from pipelines.configs import TRAIN_FILE, TrainConfig, parse, write_config
 from pipelines.costs import costs
 from pipelines.experiments import EXPERIMENTS
 from pipelines.runlog import StageLog
 from pipelines.train_group import Group
+from pipelines.upload import NotUploadedError, Uploads
 from pipelines.validation import validation_sources
 
-CONFIG = "train.config.json"
 FREE_TO_CHANGE = (
     *(
         "log_steps",
@@ -57,10 +57,10 @@ FREE_TO_CHANGE = (
 """Settings that may differ when a run goes on: they do not change what is learned, but for rounding."""
 
 
-def check_run(config: TrainConfig) -> None:
-    """Raise UsageError if the run's folder belongs to another training."""
+def check_run(config: TrainConfig, folder: Folder, flag: str) -> None:
+    """Raise UsageError if a folder, that of the run or of its uploads, given by `flag`, is of another training."""
     try:
-        before = json.loads(Folder(config.run).read(CONFIG))["settings"]
+        before = json.loads(folder.read(TRAIN_FILE))["settings"]
     except FileNotFoundError:
         return
     now = json.loads(json.dumps(asdict(config.settings)))
@@ -69,8 +69,8 @@ def check_run(config: TrainConfig) -> None:
         before.pop(name, None), now.pop(name, None)
     if before != now:
         raise UsageError(
-            f"the run {config.run} was begun with other settings ({differences(before, now)}); "
-            "use those, or another --run folder"
+            f"the run {folder} was begun with other settings ({differences(before, now)}); "
+            f"use those, or another {flag} folder"
         )
 
 
@@ -108,10 +108,16 @@ def describe(config: TrainConfig) -> str:
 
 
 def run(config: TrainConfig) -> bool:
-    """The stage; returns whether the training reached its end. Raises UsageError for input that a user can mend."""
+    """The stage; returns whether the training reached its end.
+
+    Raises UsageError for input that a user can mend, and NotUploadedError if the end is reached but not uploaded.
+    """
     if "://" in config.run:
         raise UsageError(f"the run {config.run!r} is a URL; give a folder that all workers share")
     check_output(config.run)
+    if config.upload:
+        check_output(config.upload)
+        config = replace(config, upload=absolute(config.upload))
     settings = config.settings
     if Path(settings.model).is_file():
         settings = replace(settings, model=absolute(settings.model))
@@ -119,19 +125,27 @@ def run(config: TrainConfig) -> bool:
     latents, validation = absolute_source(config.latents), validation_sources(config)
     config = replace(config, run=absolute(config.run), latents=latents, cache=cache, settings=settings)
     config = replace(config, validation_latents=validation)
-    check_run(config)
+    check_run(config, Folder(config.run), "--run")
+    uploads = Uploads(config)
     if config.dry_run:
         print(costs(config), flush=True)
+    else:
+        uploads.fetch(check=lambda folder: check_run(config, folder, "--upload"))
     print(f"train: {describe(config)}", flush=True)
-    if config.dry_run or is_finished(config):
+    if config.dry_run:
+        return True
+    if is_finished(config):
+        uploads.finish()
         return True
     with cluster(config.ray_address), StageLog(Folder(config.run), "train") as log:
         warn_unless_shared(config.run)
         check_workers(config)
         before = finished_steps(config)
-        write_config(Folder(config.run), CONFIG, config)
-        stopped = Group(config, partial(is_finished, config)).run()
-        log.samples = (finished_steps(config) - before) * config.settings.batch_size
+        write_config(Folder(config.run), TRAIN_FILE, config)
+        try:
+            stopped = Group(config, partial(is_finished, config), uploads).run()
+        finally:
+            log.samples = (finished_steps(config) - before) * config.settings.batch_size
     return not stopped
 
 
@@ -166,10 +180,15 @@ def finished_steps(config: TrainConfig) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 trained, 130 stopped on request, 2 for wrong input."""
+    """Exit status: 0 trained, 1 trained but not uploaded, 130 stopped on request, 2 for wrong input."""
     defaults = {name: (value.description, value.train) for name, value in EXPERIMENTS.items()}
     _, config = parse(defaults, arguments, "train.py")
-    if not run(config):
+    try:
+        finished = run(config)
+    except NotUploadedError as missing:
+        print(f"train: {missing}", file=sys.stderr)
+        return 1
+    if not finished:
         print("stopped; run the same command to go on", file=sys.stderr)
         return 130
     if not config.dry_run:

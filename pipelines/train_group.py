@@ -25,13 +25,14 @@ import ray.train.torch
 from ray._private.state import available_resources_per_node  # the public functions have the sum over all nodes only
 from ray.train import UserCallback
 
-from latentclip.claim import claim, release, require
+from latentclip.claim import claimed, require
 from latentclip.errors import UsageError
 from pipelines.configs import TrainConfig
 from pipelines.credentials import Sealed
 from pipelines.desk import Note, put_up_desk
 from pipelines.train_line import TrainLine
 from pipelines.train_worker import worker
+from pipelines.upload import NotUploadedError, Uploads
 from pipelines.validation import Validation
 
 TRAIN: Any = ray.train
@@ -98,25 +99,27 @@ class Group:
     config: TrainConfig
     is_finished: Callable[[], bool]
     """Whether the run has its last checkpoint."""
+    uploads: Uploads
     asked: threading.Event = field(default_factory=threading.Event)
     """Set by SIGINT and SIGTERM: the workers write a checkpoint and end."""
 
     def run(self) -> bool:
         """Train until the end or a signal; returns whether it was a signal.
 
-        Raises UsageError for what a user can mend, another training on the same run among it, and Ray's error once
-        workers were lost too often.
+        Raises UsageError for what a user can mend, another training on the same run among it, Ray's error once
+        workers were lost too often, and NotUploadedError if only the upload of the end is missing.
         """
         for name, value in RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         self.kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
         with (
-            _claimed(Path(self.config.run)) as self.claim,
+            claimed(Path(self.config.run)) as self.claim,
             _scratch(Path(self.config.run) / ".ray", self.claim) as scratch,
             _set_by_signals(self.asked),
             TrainLine() as line,
         ):
             lost, self.validation = 0, Validation(self.config, self.claim, line.say)
+            self.uploads.join(self.claim, line.say)
             while not self.asked.is_set() and not self.is_finished():
                 try:
                     self._fit(scratch, line)
@@ -124,9 +127,16 @@ class Group:
                     lost += 1  # a worker died while it was set up, or one of Ray Train's own processes
                     if lost > self.config.retries:
                         raise
-            if not self.asked.is_set():
+            stopped = self.asked.is_set()
+            if not stopped:
                 self.validation.finish()
-        return self.asked.is_set()
+            try:
+                self.uploads.finish()
+            except NotUploadedError as missing:
+                if not stopped:
+                    raise
+                line.say(f"train: {missing}")
+        return stopped
 
     def _fit(self, scratch: Path, line: TrainLine) -> None:
         """Run workers until they end, and raise what ended them."""
@@ -191,6 +201,7 @@ class Group:
             shown = len(note.lines)
             line.update(note.metrics)
             self.validation.poll()
+            self.uploads.poll()
             if running and self.asked.is_set() and note.silent > GONE_SECONDS:
                 raise KeyboardInterrupt
             grow = room.for_more(self._places(note), time.monotonic())
@@ -205,16 +216,6 @@ class Group:
         if not config.min_workers or note.workers >= config.workers or note.silent > REPLACED_SECONDS:
             return 0
         return free_places(available_resources_per_node().values(), self.kind)
-
-
-@contextmanager
-def _claimed(run: Path) -> Iterator[Path]:
-    """A claim of the run, which its workers claim in turn."""
-    stage = claim(run)
-    try:
-        yield stage
-    finally:
-        release(stage)
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
+import pytest
 import torch
 
 Shapes = dict[str, tuple[int, ...]]
@@ -129,3 +131,15 @@ def save(file: Path, weights: dict[str, torch.Tensor]) -> Path:
     state = OrderedDict((f"module.{name}", tensor) for name, tensor in weights.items())
     torch.save({"epoch": 34, "name": "run", "state_dict": state, "optimizer": optimiser.state_dict()}, file)
     return file
+
+
+def cached_on_hub(cache: Path, name: str, file: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let `name` be a repository on the hub that holds the checkpoint, and is in its cache: no network is needed."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    checkpoints = repository / "snapshots" / ("0" * 40) / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (checkpoints / "epoch_34.pt").symlink_to(file)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import open_clip
 import pytest
 import torch
 from fits import MODEL, fit, lines, small_latents
+from latent_samples import SPACE, fill
+from open_clip.model import CLIP
+from published_layout import SMALL_B_8, cached_on_hub, random_weights, save
 from safetensors.torch import save_file
 from test_model import on_timm
 
 from latentclip.checkpoint import newest_good, read_model
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
+from latentclip.exported import export
+from latentclip.latent_space import LatentSpace
+from latentclip.loaded import Loaded, load
 from latentclip.model import build_model
 from latentclip.training import EMBEDDING, Optimisation
 
@@ -79,6 +86,83 @@ def test_an_older_run_can_be_started_from(latents: LatentDataset, tmp_path: Path
     old = read_model(newest_good(tmp_path / "old"))[0].state_dict()
     mine = begun(latents, tmp_path / "new", start_from=str(tmp_path / "old"))
     assert all(torch.equal(mine[name], value) for name, value in old.items())
+
+
+def published(file: Path) -> Loaded:
+    """A checkpoint in the layout of the published ones, and how it is used without training."""
+    return load(save(file, random_weights(SMALL_B_8)))
+
+
+def begun_from(source: str, clip: Loaded, space: LatentSpace, scratch: Path) -> CLIP:
+    """The model that training on latents of `space` begins with."""
+    data, config = scratch / f"data-{space.scaled}", scratch / "model.json"
+    config.write_text(json.dumps(clip.config))
+    fill(data, shards=1, rows=12, latent_shape=(4, clip.grid, clip.grid), latent_space=space)
+    made = fit(LatentDataset(data), scratch / "run", model=str(config), start_from=source)
+    return made.training.model.eval()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("given", ["file", "folder", "hub name"])
+def test_a_published_checkpoint_is_started_from_with_its_latents_converted(
+    given: str, scaled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "downloaded" / "checkpoints" / "epoch_34.pt"
+    clip, name = published(file), "somebody/latent-clip"
+    cached_on_hub(tmp_path / "hub", name, file, monkeypatch)
+    space = clip.space.with_storage(scaled=scaled)
+    sources = {"file": str(file), "folder": str(tmp_path / "downloaded"), "hub name": name}
+    model = begun_from(sources[given], clip, space, tmp_path)
+    latents = torch.randn(2, 4, clip.grid, clip.grid, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(latents, normalize=True), clip.encode_latents(latents, space))
+    theirs = clip.model.state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, theirs[name])}
+    assert changed == ({"visual.conv1.weight"} if scaled else set())
+
+
+def test_the_embedding_of_another_encoders_latents_begins_anew(tmp_path: Path) -> None:
+    clip = published(tmp_path / "epoch_34.pt")
+    fresh = begun_from(str(tmp_path / "epoch_34.pt"), clip, replace(clip.space, encoder_hash="f" * 16), tmp_path)
+    theirs = clip.model.state_dict()
+    changed = {name for name, value in fresh.state_dict().items() if not torch.equal(value, theirs[name])}
+    assert changed == {"visual.conv1.weight"}
+
+
+def test_an_export_is_started_from_as_its_run(latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path / "old", until=2).run()
+    export(load(tmp_path / "old"), tmp_path / "export")
+    unscaled = replace(SPACE, scaled=False)
+    fill(tmp_path / "unscaled", shards=1, rows=12, latent_shape=(4, 4, 4), latent_space=unscaled)
+    from_run, from_export = (
+        begun(LatentDataset(tmp_path / "unscaled"), tmp_path / f"from-{name}", start_from=str(tmp_path / name))
+        for name in ("old", "export")
+    )
+    old = read_model(newest_good(tmp_path / "old"))[0].state_dict()
+    expected = {**old, "visual.conv1.weight": old["visual.conv1.weight"] * SPACE.scaling_factor}
+    assert all(torch.equal(from_run[name], value) for name, value in expected.items())
+    assert all(torch.equal(from_export[name], value) for name, value in expected.items())
+
+
+def test_latents_that_differ_by_a_shift_are_refused(tmp_path: Path) -> None:
+    shifted = replace(SPACE, shift_factor=0.1)
+    for name, scaled in (("unscaled", False), ("scaled", True)):
+        space = replace(shifted, scaled=scaled)
+        fill(tmp_path / name, shards=1, rows=12, latent_shape=(4, 4, 4), latent_space=space)
+    fit(LatentDataset(tmp_path / "unscaled"), tmp_path / "old", until=1).run()
+    with pytest.raises(UsageError, match=r"by a shift; encode the latents as that model reads them \(--no-scaled\)"):
+        begun(LatentDataset(tmp_path / "scaled"), tmp_path / "run", start_from=str(tmp_path / "old"))
+
+
+def test_no_program_in_a_checkpoint_runs(latents: LatentDataset, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path / "ran").touch, ()
+
+    torch.save({"state_dict": Hostile()}, tmp_path / "epoch_1.pt")
+    with pytest.raises(UsageError, match=r"epoch_1\.pt .*, so nothing of it is used"):
+        begun(latents, tmp_path / "run", start_from=str(tmp_path / "epoch_1.pt"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_other_towers_are_refused_by_the_first_tensor(latents: LatentDataset, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from published_layout import (
     SMALL_B_4_PLUS,
     SMALL_B_8,
     Architecture,
+    cached_on_hub,
     random_weights,
     save,
     shapes,
@@ -214,14 +214,7 @@ def test_a_repository_on_the_hub(
 ) -> None:
     """From the hub's cache, so that no network is needed."""
     name = "wendlerc/latent-clip-b-8-512-34b-80k"
-    repository = tmp_path / f"models--{name.replace('/', '--')}"
-    checkpoints = repository / "snapshots" / ("0" * 40) / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    (checkpoints / "epoch_34.pt").symlink_to(made[2])
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached_on_hub(tmp_path, name, made[2], monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert latentclip.load(name).config == load(made[2]).config
     with pytest.raises(UsageError, match=r"cannot be fetched from the hub .* published repository"):

@@ -61,6 +61,44 @@ def test_folder_tells_sizes_and_reads_ranges(folder: Folder) -> None:
             absent()
 
 
+@pytest.mark.parametrize("size", [0, 5, 40 << 20], ids=["empty", "small", "in parts"])
+def test_a_file_is_uploaded_whatever_its_size(folder: Folder, size: int, tmp_path: Path) -> None:
+    upload_and_compare(folder, size, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40 << 20], ids=["empty", "small", "in parts"])
+def test_a_file_is_uploaded_to_an_object_store_whatever_its_size(bucket: str, size: int, tmp_path: Path) -> None:
+    upload_and_compare(Folder(bucket), size, tmp_path)
+
+
+def upload_and_compare(folder: Folder, size: int, scratch: Path) -> None:
+    source = scratch / "source"
+    source.write_bytes(os.urandom(size))
+    folder.replace("copy", b"before")
+    folder.upload("copy", source)
+    assert folder.size("copy") == size
+    assert folder.read("copy") == source.read_bytes()
+
+
+def test_a_tree_is_listed_and_removed(folder: Folder) -> None:
+    list_and_remove(folder)
+
+
+def test_a_tree_of_an_object_store_is_listed_and_removed(bucket: str) -> None:
+    list_and_remove(Folder(bucket))
+
+
+def list_and_remove(folder: Folder) -> None:
+    assert folder.tree() == {}
+    for place, name in (("b", "one"), ("a/deep", "two"), ("a", "zwölf 12%"), ("c", "one")):
+        Folder(folder.path(place)).replace(name, name.encode())
+    folder.replace("b.bin", b"")
+    assert folder.tree() == {"a/deep/two": 3, "a/zwölf 12%": 10, "b/one": 3, "b.bin": 0, "c/one": 3}
+    for place in ("a", "c", "absent"):
+        Folder(folder.path(place)).remove()
+    assert folder.tree() == {"b/one": 3, "b.bin": 0}
+
+
 def test_folder_travels_to_another_process(tmp_path: Path) -> None:
     folder = pickle.loads(pickle.dumps(Folder(tmp_path)))
     assert folder.create("a", b"1")

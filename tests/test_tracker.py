@@ -77,6 +77,25 @@ def test_a_run_that_goes_on_is_the_same_run_there(
     assert names | {"memory_gb", "step"} <= set(history[0])
 
 
+def test_servers_that_cannot_be_reached_do_not_end_a_training(
+    latents: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    for name, value in nowhere.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    made = fit(latents, tmp_path / "run", wandb="project")
+    made.say = said.append
+    made.run()
+    wandb.teardown()  # waits until its process has written everything
+    (line,) = said
+    assert line.startswith("train: Weights & Biases cannot be reached (")
+    assert line.endswith(f"; {tmp_path}/run/wandb has it, for `wandb sync` later")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert [values["step"] for values in kept(file)] == list(range(1, STEPS + 1))
+
+
 def test_no_key_is_a_sentence(latents: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
