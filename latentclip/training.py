@@ -107,7 +107,7 @@ def computes_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bf16 in hardware; a CPU that only imitates it takes twice the time of float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
     return device.type == "cpu" and any(found.get(name) for name in BF16_INSTRUCTIONS)
 
 
