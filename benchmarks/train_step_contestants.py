@@ -101,7 +101,7 @@ class Ours(Fit):
         lines = (self.run_folder / "samples.jsonl").read_text().splitlines()
         return clock.round([json.loads(line)["loss"] for line in lines[begun:]])
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
         """Save nothing: checkpoints are not a part of a step."""
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentclip import mixup
 from latentclip.augment import augment_latents
 from latentclip.checkpoint import delete_old, newest_good, step_folder
 from latentclip.claim import claim
@@ -34,14 +35,7 @@ from latentclip.saver import Saver, Weights
 from latentclip.snapshot import FILE as SNAPSHOT
 from latentclip.source import Cache
 from latentclip.step_log import StepLog, log_skip
-from latentclip.training import (
-    WEIGHT,
-    NotFiniteError,
-    all_finite,
-    build_loss,
-    learning_rate,
-    training_step,
-)
+from latentclip.training import WEIGHT, NotFiniteError, all_finite, build_loss, learning_rate, training_step
 
 __all__ = ["Fit", "FitSettings", "Flat", "Place", "check_settings"]
 
@@ -77,7 +71,8 @@ class Fit:
         check_settings(dataset, settings)
         self.run_folder, self.settings = run, settings
         self.stop, self.report, self.say = stop, report, say
-        self.team = Team(place or Place(), settings.batch_size, say)
+        together = mixup.TOGETHER if settings.optimisation.mixup else 1
+        self.team = Team(place or Place(), settings.batch_size, say, together)
         if not self.team.computes:
             return
         self.stage = stage or (claim(run) if self.team.leads else run)
@@ -178,6 +173,7 @@ class Fit:
             team.all_true,
             micro_batch=settings.micro_batch,
             embedding_only=self.progress < settings.optimisation.embedding_first,
+            mixup_share=mixup.share(settings.optimisation.mixup, settings.seed, self.step),
         )
         if self.training.average:
             self.training.average.update(self.training.model, self.step)

@@ -10,6 +10,7 @@ import tyro
 from latentclip.augment import LatentAugmentation
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError, require_at_least
+from latentclip.mixup import TOGETHER
 from latentclip.tracker import require_wandb
 from latentclip.training import Optimisation
 
@@ -74,6 +75,11 @@ def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
     require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
     require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
     require_at_least(0, max_skips=settings.max_skips, text_rate=settings.optimisation.text_rate)
+    if settings.optimisation.mixup < 0 or (settings.optimisation.mixup and settings.batch_size % TOGETHER):
+        raise UsageError(
+            f"--mixup {settings.optimisation.mixup} with a batch of {settings.batch_size}; give an alpha of 0 or more, "
+            "and an even batch, of which it blends pairs"
+        )
     if settings.average is not None and not 0 < settings.average < 1:
         raise UsageError(f"--average is {settings.average}; give a decay between 0 and 1, such as 0.9999")
     if settings.max_rise is not None and settings.max_rise <= 0:

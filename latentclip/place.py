@@ -28,23 +28,24 @@ class Place:
     """With its number, if it is a GPU."""
 
 
-def team_size(batch_size: int, workers: int) -> int:
-    """The largest number of `workers` or fewer that divides a batch."""
-    return max(number for number in range(1, workers + 1) if batch_size % number == 0)
+def team_size(batch_size: int, workers: int, together: int = 1) -> int:
+    """The largest number of `workers` or fewer that divides a batch of which so many neighbours stay `together`."""
+    return max(number for number in range(1, workers + 1) if batch_size // together % number == 0)
 
 
 class Team:
-    """The workers that share each batch: the first `size` of all, the most that divide it. Rank 0 always `leads`.
+    """The workers that share each batch: the first `size` of all, the most that divide it, so that so many neighbours
+    are `together` on one of them. Rank 0 always `leads`.
 
     Every worker makes its own, at the same time: where some are left over (`computes` is false) the others get a
     process group of their own, so that those may end at once and nobody waits for them. `say` then gets a line for the
     user on rank 0.
     """
 
-    def __init__(self, place: Place, batch_size: int, say: Callable[[str], None]) -> None:
+    def __init__(self, place: Place, batch_size: int, say: Callable[[str], None], together: int = 1) -> None:
         workers = place.world_size
         self.rank, self.device = place.rank, place.device
-        self.size = team_size(batch_size, workers)
+        self.size = team_size(batch_size, workers, together)
         self.leads, self.computes = self.rank == 0, self.rank < self.size
         self.group: torch.distributed.ProcessGroup | None = None
         if 1 < self.size < workers:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentclip.accumulation import backward
 from latentclip.errors import UsageError
 from latentclip.losses import SharedClipLoss, SharedSigLipLoss
+from latentclip.mixup import BlendedLoss, blended
 from latentclip.sharded import full, local, placed_like
 
 EMBEDDING = ("visual.conv1.weight", "visual.positional_embedding")
@@ -43,6 +44,9 @@ class Optimisation:
     """Largest logit scale (Radford et al., 2021). Few data generalise better below: sharp logits reward memorising."""
     loss: Literal["clip", "siglip"] = "clip"
     """Contrastive objective: softmax (CLIP) or sigmoid (SigLIP)."""
+    mixup: float = 0.0
+    """Alpha of mixup (Zhang et al., 2018), such as 0.4: blends of two images, each for both texts. 0: none. For few
+    data; the loss is then that of the blends, and higher."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast to bf16, or not; auto uses it on devices that compute it faster than float32."""
     text_rate: float = 1.0
@@ -146,14 +150,18 @@ def training_step(
     *,
     micro_batch: int | None = None,
     embedding_only: bool = False,
+    mixup_share: float = 1.0,
 ) -> dict[str, Tensor]:
     """Move the weights by one batch (latents (b, c, h, w), text (b, context)) at learning rate `rate`.
 
     Returns detached scalars: loss, gradient_norm, logit_scale. Raises NotFiniteError and leaves the weights as they
     are if one of CHECKED is not finite. `agree` makes of this worker's flags (n,) bool those that all workers share;
     each comes that far whatever it has found, so that none waits for another. At most `micro_batch` samples are
-    computed at a time; with `embedding_only` only the patch embedding and its positions move.
+    computed at a time; with `embedding_only` only the patch embedding and its positions move. Of themselves samples
+    keep `mixup_share` (see `mixup`).
     """
+    if mixup_share < 1:
+        latents, loss_function = blended(latents, mixup_share), BlendedLoss(loss_function, mixup_share)
     for group in optimiser.param_groups:
         group["lr"] = rate * group["share"]
     context = autocast(latents.device, settings.precision)

@@ -24,6 +24,9 @@ TOLERANCE = 1e-5
 """Of a loss of about 2.5, between different numbers of workers: sums are taken in another order."""
 
 
+MIXED = Optimisation(mixup=0.4)
+
+
 def train(
     root: Path, rank: int, workers: int, run: str, until: int = STEPS, spoiled_at: int = -1, **changes: Any
 ) -> None:
@@ -56,6 +59,7 @@ def work(rank: int, root: Path) -> None:
         train(root, rank, 3, "parts", until=until)
     train(root, rank, 4, "idle", batch_size=10)
     train(root, rank, 2, "siglip", **siglip(root))
+    train(root, rank, 3, "mixed", optimisation=MIXED)
     train(root, rank, 2, "spoiled", spoiled_at=3)
     if rank < 2:
         recipe = Optimisation(learning_rate=3e-3, warmup=0.0)  # which learns, so that its loss is noisy in the end
@@ -106,6 +110,10 @@ def test_the_sigmoid_loss_is_shared(root: Path) -> None:
     assert same_training(root / "siglip", alone(root, "siglip-one", **siglip(root))) < TOLERANCE
 
 
+def test_partners_of_mixup_do_not_depend_on_the_workers(root: Path) -> None:
+    assert same_training(root / "mixed", alone(root, "mixed-one", optimisation=MIXED)) < TOLERANCE
+
+
 def test_one_workers_bad_number_sends_all_back(root: Path) -> None:
     (skip,) = lines(root / "spoiled", "skips.jsonl")
     assert (skip["step"], skip["data_step"], len(skip["keys"])) == (3, 3, BATCH)
@@ -123,6 +131,11 @@ def test_a_loss_that_rises_for_good_ends_all_workers_alike(root: Path) -> None:
 @pytest.mark.parametrize(("batch", "workers", "size"), [(256, 6, 4), (12, 4, 4), (12, 5, 4), (7, 5, 1), (2, 8, 2)])
 def test_the_most_workers_that_divide_a_batch_share_it(batch: int, workers: int, size: int) -> None:
     assert team_size(batch, workers) == size
+
+
+@pytest.mark.parametrize(("batch", "workers", "size"), [(256, 4, 4), (12, 4, 3), (12, 6, 6), (6, 2, 1)])
+def test_neighbours_stay_together(batch: int, workers: int, size: int) -> None:
+    assert team_size(batch, workers, together=2) == size
 
 
 def test_a_line_says_that_workers_are_left_over() -> None:
