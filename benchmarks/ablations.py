@@ -8,7 +8,7 @@ variants.json names lists of flags of train.py, and one of them is `baseline`:
 
 Runs that are in RESULTS already are not repeated, so that a table may grow over days. A cell is the mean over the
 seeds; a difference is that to the baseline with its 95 % interval (Student's t of the differences by seed). `--train`
-and `--evaluate` are flags for every variant, such as `--latents`.
+and `--evaluate` are flags for every variant in one word, such as `--train="--latents latents/ --threads 1"`.
 """
 
 from __future__ import annotations
