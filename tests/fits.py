@@ -12,6 +12,7 @@ from latent_samples import fill
 from latentclip.dataset import LatentDataset
 from latentclip.fit import Fit, FitSettings, Place
 from latentclip.loader import Batch
+from latentclip.training import Optimisation
 
 STEPS, BATCH = 8, 12
 MODEL = Path(__file__).with_name("smallest.json")
@@ -24,8 +25,14 @@ def small_latents(folder: Path) -> LatentDataset:
     return LatentDataset(folder)
 
 
+def in_float32(**changes: Any) -> Optimisation:
+    """In float32 on every CPU, for comparisons that bf16 would blur."""
+    return Optimisation(**{"precision": "fp32", **changes})
+
+
 def settings(**changes: Any) -> FitSettings:
-    return FitSettings(**{"model": str(MODEL), "steps": STEPS, "batch_size": BATCH, "log_steps": 1, **changes})
+    defaults = {"model": str(MODEL), "steps": STEPS, "batch_size": BATCH, "log_steps": 1, "optimisation": in_float32()}
+    return FitSettings(**{**defaults, **changes})
 
 
 def fit(latents: LatentDataset, run: Path, *, until: int = STEPS, place: Place | None = None, **changes: Any) -> Fit:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fits import fit, lines, small_latents
+from fits import fit, in_float32, lines, small_latents
 
 from latentclip.checkpoint import checkpoint_folders
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import Fit
-from latentclip.training import Optimisation
 
 SOUND, LEARNT, END = 60, 80, 200
 """Steps of checkpoints: long enough before the rise to have no part in it, just before it, and never reached."""
@@ -20,7 +19,7 @@ GUARD = {"steps": END, "max_rise": 0.2, "max_rise_steps": 30}
 
 def learning(latents: LatentDataset, run: Path, until: int = LEARNT, **changes: object) -> Fit:
     """A training that learns: from 2.5, the logarithm of the batch, to about 2.1."""
-    recipe = Optimisation(learning_rate=3e-3, warmup=0.0)
+    recipe = in_float32(learning_rate=3e-3, warmup=0.0)
     return fit(latents, run, until=until, optimisation=recipe, **{**GUARD, **changes})
 
 
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def diverging(latents: LatentDataset, run: Path, until: int = END, **changes: object) -> Fit:
     """The same with a learning rate that destroys what was learnt."""
-    recipe = Optimisation(learning_rate=1.0, warmup=0.0)
+    recipe = in_float32(learning_rate=1.0, warmup=0.0)
     return fit(latents, run, until=until, optimisation=recipe, **{**GUARD, **changes})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fits import MODEL
+from fits import MODEL, in_float32
 from latent_samples import fill, make_dataset, make_outcome, make_rows
 from open_clip.loss import ClipLoss
 
@@ -25,7 +25,7 @@ from latentclip.model import build_model, resolve_config
 from latentclip.shards import write_shard
 from latentclip.snapshot import read_snapshot
 from latentclip.text import load_tokenizer
-from latentclip.training import Optimisation, build_optimiser, learning_rate
+from latentclip.training import build_optimiser, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_passed_over(latents: LatentDataset, tmp_path: P
 
 
 def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> None:
-    recipe = Optimisation(learning_rate=1e-3, warmup=0.25)
+    recipe = in_float32(learning_rate=1e-3, warmup=0.25)
     fit(latents, tmp_path, steps=20, optimisation=recipe).run()
     torch.manual_seed(0)
     grid = latents.dataset.latent_shape[-1]
@@ -145,7 +145,7 @@ def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> 
         ({"model": "Latent-Nothing"}, "Latent-Nothing"),
         ({"steps": 0}, "--steps is 0; give at least 1"),
         ({"batch_size": 0}, "--batch-size is 0"),
-        ({"optimisation": Optimisation(learning_rate=-1.0)}, "--learning-rate is -1.0; give at least 0"),
+        ({"optimisation": in_float32(learning_rate=-1.0)}, "--learning-rate is -1.0; give at least 0"),
     ],
 )
 def test_wrong_settings_are_a_sentence(

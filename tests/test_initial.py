@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from fits import MODEL, fit, lines, small_latents
+from fits import MODEL, fit, in_float32, lines, small_latents
 from latent_samples import SPACE, fill
 from open_clip.model import CLIP
 from published_layout import SMALL_B_8, cached_on_hub, random_weights, save
@@ -24,7 +24,7 @@ from latentclip.exported import export
 from latentclip.latent_space import LatentSpace
 from latentclip.loaded import Loaded, load
 from latentclip.model import build_model
-from latentclip.training import EMBEDDING, Optimisation
+from latentclip.training import EMBEDDING
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_all_but_the_patch_embedding_comes_from_a_pixel_clip(latents: LatentData
 
 def test_the_embedding_moves_first_and_then_everything(latents: LatentDataset, tmp_path: Path) -> None:
     pixel_clip(tmp_path / "pixels")
-    recipe = Optimisation(embedding_first=0.5, warmup=0.0)
+    recipe = in_float32(embedding_first=0.5, warmup=0.0)
     options = {"start_from": str(tmp_path / "pixels"), "optimisation": recipe}
     start = begun(latents, tmp_path / "start", **options)
     fit(latents, tmp_path / "half", until=4, **options).run()
@@ -76,7 +76,7 @@ def test_the_embedding_moves_first_and_then_everything(latents: LatentDataset, t
 
 def test_a_model_without_a_patch_embedding_is_refused(latents: LatentDataset, tmp_path: Path) -> None:
     (tmp_path / "net.json").write_text(json.dumps(on_timm()))
-    options = {"model": str(tmp_path / "net.json"), "optimisation": Optimisation(embedding_first=0.5)}
+    options = {"model": str(tmp_path / "net.json"), "optimisation": in_float32(embedding_first=0.5)}
     with pytest.raises(UsageError, match="--embedding-first needs a vision transformer"):
         begun(latents, tmp_path / "run", **options)
 
@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_named(latents: LatentDataset, tmp_path:
 
 def test_the_text_tower_has_a_pace_of_its_own(latents: LatentDataset, tmp_path: Path) -> None:
     def moved(name: str, rate: float) -> dict[str, float]:
-        recipe = Optimisation(text_rate=rate, weight_decay=0.0, warmup=0.0, learning_rate=1e-4)
+        recipe = in_float32(text_rate=rate, weight_decay=0.0, warmup=0.0, learning_rate=1e-4)
         start = begun(latents, tmp_path / name, optimisation=recipe)
         fit(latents, tmp_path / name, until=1, optimisation=recipe).run()
         end = read_model(newest_good(tmp_path / name))[0].state_dict()
@@ -214,7 +214,7 @@ def test_the_text_tower_has_a_pace_of_its_own(latents: LatentDataset, tmp_path: 
 
 
 def test_a_model_of_the_sigmoid_loss_gets_its_bias(latents: LatentDataset, tmp_path: Path) -> None:
-    fit(latents, tmp_path / "run", optimisation=Optimisation(loss="siglip"), until=1).run()
+    fit(latents, tmp_path / "run", optimisation=in_float32(loss="siglip"), until=1).run()
     model, config, _ = read_model(newest_good(tmp_path / "run"))
     assert model.logit_bias.item() == pytest.approx(-10, abs=0.01)
     assert config["init_logit_bias"] == -10

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fits import fit, lines, small_latents
+from fits import fit, in_float32, lines, small_latents
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from latentclip.errors import UsageError
 from latentclip.losses import SharedClipLoss, SharedSigLipLoss
 from latentclip.mixup import BlendedLoss, blended, share, swapped
-from latentclip.training import Optimisation
 
 
 def test_neighbours_are_swapped_and_blended() -> None:
@@ -56,7 +55,7 @@ def test_the_whole_share_is_the_loss_itself(loss: nn.Module) -> None:
 
 
 def test_a_training_with_it_is_another_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    latents, recipe = small_latents(tmp_path / "latents"), Optimisation(mixup=0.4)
+    latents, recipe = small_latents(tmp_path / "latents"), in_float32(mixup=0.4)
     fit(latents, tmp_path / "plain").run()
     fit(latents, tmp_path / "whole", optimisation=recipe).run()
     fit(latents, tmp_path / "parts", until=2, optimisation=recipe).run()
@@ -67,15 +66,15 @@ def test_a_training_with_it_is_another_and_goes_on_bit_for_bit(tmp_path: Path) -
 
 
 def test_accumulated_it_is_the_same_training(tmp_path: Path) -> None:
-    latents, recipe = small_latents(tmp_path / "latents"), Optimisation(mixup=0.4)
+    latents, recipe = small_latents(tmp_path / "latents"), in_float32(mixup=0.4)
     fit(latents, tmp_path / "whole", optimisation=recipe).run()
     fit(latents, tmp_path / "parts", optimisation=recipe, micro_batch=4).run()
     losses = ([line["loss"] for line in lines(tmp_path / name)] for name in ("whole", "parts"))
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 9}, {"optimisation": Optimisation(mixup=-0.1)}])
+@pytest.mark.parametrize("settings", [{"batch_size": 9}, {"optimisation": in_float32(mixup=-0.1)}])
 def test_what_it_cannot_blend_is_a_sentence(tmp_path: Path, settings: dict) -> None:
     latents = small_latents(tmp_path / "latents")
     with pytest.raises(UsageError, match="give an alpha of 0 or more, and an even batch"):
-        fit(latents, tmp_path / "run", **{"optimisation": Optimisation(mixup=0.4), **settings})
+        fit(latents, tmp_path / "run", **{"optimisation": in_float32(mixup=0.4), **settings})

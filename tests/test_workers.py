@@ -11,20 +11,19 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from fits import BATCH, MODEL, STEPS, fit, lines, small_latents, spoil_latents
+from fits import BATCH, MODEL, STEPS, fit, in_float32, lines, small_latents, spoil_latents
 
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.model import read_config
 from latentclip.place import Place, Team, team_size
 from latentclip.resume import data_step
-from latentclip.training import Optimisation
 
 TOLERANCE = 1e-5
 """Of a loss of about 2.5, between different numbers of workers: sums are taken in another order."""
 
 
-MIXED = Optimisation(mixup=0.4)
+MIXED = in_float32(mixup=0.4)
 
 
 def train(
@@ -45,7 +44,7 @@ def train(
 
 def siglip(root: Path) -> dict[str, Any]:
     """Settings of the sigmoid loss; its model has a bias, which packaged ones have not."""
-    return {"model": str(root / "siglip.json"), "optimisation": Optimisation(loss="siglip")}
+    return {"model": str(root / "siglip.json"), "optimisation": in_float32(loss="siglip")}
 
 
 def work(rank: int, root: Path) -> None:
@@ -62,7 +61,7 @@ def work(rank: int, root: Path) -> None:
     train(root, rank, 3, "mixed", optimisation=MIXED)
     train(root, rank, 2, "spoiled", spoiled_at=3)
     if rank < 2:
-        recipe = Optimisation(learning_rate=3e-3, warmup=0.0)  # which learns, so that its loss is noisy in the end
+        recipe = in_float32(learning_rate=3e-3, warmup=0.0)  # which learns, so that its loss is noisy in the end
         with pytest.raises(UsageError) as raised:
             train(root, rank, 2, "risen", 200, steps=200, max_rise=1e-3, max_rise_steps=1, optimisation=recipe)
         torch.distributed.destroy_process_group()
