@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from encode import sdxl_vae  # beside this file
 from train_step import machine
+from train_step_contestants import caption
 
 from latentclip.codec import Codec, load_codec
 from latentclip.model import build_model, read_config, resolve_config
 from latentclip.quantise import stored_dtype
+from latentclip.tokens import tokenise
 from latentclip.training import Optimisation, build_loss, build_optimiser, training_step
 
 CUDA = torch.cuda.is_available()
@@ -69,7 +72,9 @@ def training(config: PrecomputeBenchmark, codec: Codec, grid: int) -> Callable[[
     recipe = Optimisation()
     optimiser, loss = build_optimiser(model, recipe), build_loss(recipe)
     latents = torch.randn(config.batch_size, codec.space.channels, grid, grid, device=codec.device)
-    text = torch.randint(1, 1000, (config.batch_size, shape["text_cfg"]["context_length"]), device=codec.device)
+    rng = np.random.default_rng(0)
+    captions = [caption(rng) for _ in range(config.batch_size)]
+    text = torch.from_numpy(tokenise(config.model, captions).astype(np.int64))
     return lambda: training_step(model, loss, optimiser, latents, text, recipe, 1e-4)
 
 

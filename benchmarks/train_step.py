@@ -8,8 +8,9 @@ Sizes follow the device: a small and a paper's model on CPUs in fp32; on a GPU b
 bf16, plain, with gradient checkpointing and compiled. Ours reads shards from disk, while open_clip's trainer is handed
 batches that lie in memory (on GPUs page-locked), so that no loader slows it down. Checkpoints are in neither. Both
 begin with the same weights, and the losses of all steps are compared, which proves that they do the same work.
-Memory is of a GPU alone: most of a round beside weights and moments, and what `latentclip.cost` says it is.
-Runs without Ray.
+Captions are as long as alt texts are, and ours computes no padding; TFLOP/s and MFU count what ours does compute, and
+what gradient checkpointing repeats does not count. Memory is of a GPU alone: most of a round beside weights and
+moments, and what `latentclip.cost` says it is. Runs without Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +29,16 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from train_step_contestants import SPACE, WARM, OpenClip, Ours, Round, place, ready, write_latents  # beside this file
 
 from latentclip.cost import DEVICES, Cost
 from latentclip.fit import FitSettings
-from latentclip.training import Optimisation
+from latentclip.training import Optimisation, autocast
 
+COUNTED = 64
+"""Samples whose FLOPs are counted."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}
 """Most by which the losses of the two may differ, as a share."""
 
@@ -59,7 +64,7 @@ class Case:
 CASES = {
     "cpu": (Case("Latent-ViT-tiny", 16, 256, 4), Case("Latent-ViT-B-8-512", 64, 16, 2)),
     "cuda": tuple(
-        Case(model, 64, batch, 20, checkpointing, compiled)
+        Case(model, 64, batch, 10, checkpointing, compiled)
         for model, batch in (("Latent-ViT-B-8-512", 1024), ("Latent-ViT-B-4-512-plus", 384))
         for checkpointing, compiled in ((False, False), (True, False), (False, True))
     ),
@@ -73,8 +78,8 @@ class StepBenchmark:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     rounds: int = 6
     """Rounds in which both take turns."""
-    model: str | None = None
-    """Measure the cases of this model alone."""
+    only: str = ""
+    """Measure the cases alone whose name in the table has this in it, such as `compiled`."""
     json: str | None = None
     """File for all figures."""
 
@@ -95,7 +100,9 @@ def measure(config: StepBenchmark, case: Case, folder: Path) -> dict[str, Any]:
     )
     ours = Ours(dataset, folder / "run", settings, place(device), report=lambda _: None, say=lambda _: None)
     model = ours.training.model
-    theirs = OpenClip(copy.deepcopy(model), ready(ours, steps), recipe, device, compiled=case.compile)
+    bare = uncompiled(model)
+    bare.set_grad_checkpointing(False)
+    theirs = OpenClip(uncompiled(model), ready(ours, steps), recipe, device, compiled=case.compile)
     rounds: dict[str, list[Round]] = {"ours": [], "open_clip": []}
     for number in range(config.rounds):
         order = ("ours", "open_clip") if number % 2 else ("open_clip", "ours")
@@ -104,9 +111,26 @@ def measure(config: StepBenchmark, case: Case, folder: Path) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats()
             rounds[name].append((ours if name == "ours" else theirs).round(case.steps))
     compare(rounds, TOLERANCE[precision])
-    bare = copy.deepcopy(model).cpu()
-    cost = Cost(bare, ours.training.config, SPACE, case.grid, recipe, checkpointing=case.checkpointing)
-    return {"case": asdict(case), **figures(case, rounds, cost)}
+    cost = Cost(bare.cpu(), ours.training.config, SPACE, case.grid, recipe, checkpointing=case.checkpointing)
+    found = figures(case, rounds, cost, flops(bare.to(device), *theirs.batches[0]))
+    return {"case": asdict(case), **found}
+
+
+def uncompiled(model: Any) -> Any:
+    """A copy of a model as it was before `compile`."""
+    bare = copy.deepcopy(model)
+    for module in bare.modules():
+        module._compiled_call_impl = None
+    return bare
+
+
+def flops(model: Any, latents: Tensor, text: Tensor) -> float:
+    """FLOPs of a sample's forward and backward pass, each computed once, on average over some of a batch."""
+    device, some = next(model.parameters()).device, slice(COUNTED)
+    with FlopCounterMode(display=False) as counter, autocast(device, "auto"):
+        images, texts, *_ = model(latents[some].to(device, torch.float32), text[some])
+        (images.sum() + texts.sum()).backward()
+    return counter.get_total_flops() / len(images)
 
 
 def compare(rounds: dict[str, list[Round]], tolerance: float) -> None:
@@ -117,10 +141,10 @@ def compare(rounds: dict[str, list[Round]], tolerance: float) -> None:
         raise SystemExit(f"the losses differ by {worst:.2g}, so that the two do not do the same work")
 
 
-def figures(case: Case, rounds: dict[str, list[Round]], cost: Cost) -> dict[str, Any]:
+def figures(case: Case, rounds: dict[str, list[Round]], cost: Cost, sample_flops: float) -> dict[str, Any]:
     """What the table shows of a case, and the rounds themselves."""
     rates = {name: [case.batch / found.seconds for found in each] for name, each in rounds.items()}
-    flops = statistics.median(rates["ours"]) * cost.training_flops
+    reached = statistics.median(rates["ours"]) * sample_flops
     last = rounds["ours"][-1].memory  # gradients and moments are there before it begins
     return {
         "rates": rates,
@@ -129,8 +153,8 @@ def figures(case: Case, rounds: dict[str, list[Round]], cost: Cost) -> dict[str,
             theirs.processor / ours.processor for ours, theirs in zip(rounds["ours"], rounds["open_clip"], strict=True)
         ],
         "waiting": [found.waiting for found in rounds["ours"]],
-        "tflops": flops / 1e12,
-        "utilisation": flops / peak if (peak := nominal_flops()) else None,
+        "tflops": reached / 1e12,
+        "utilisation": reached / peak if (peak := nominal_flops()) else None,
         "memory": last,
         "estimated_memory": cost.activations(case.batch) + cost.memory(case.batch).loss,
         "losses": {name: [loss for found in each for loss in found.losses] for name, each in rounds.items()},
@@ -143,7 +167,7 @@ def nominal_flops() -> float | None:
     return next((device.flops for known, device in DEVICES.items() if known in name), None)
 
 
-def table(found: list[dict[str, Any]]) -> Iterator[str]:
+def table(found: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table; the ratio is the median over rounds, with the least and the most.
 
     CPU is the median ratio of processor time, which says more where other work shares the machine.
@@ -188,13 +212,18 @@ def machine() -> Iterator[str]:
 
 def main(config: StepBenchmark) -> None:
     """Measure all cases and print the table with the machine and the versions."""
-    found = []
-    for case in CASES[config.device]:
-        if config.model in (None, case.model):
-            with tempfile.TemporaryDirectory() as folder:
-                found.append(measure(config, case, Path(folder)))
-    header = list(machine())
-    print("\n".join([*header, f"{config.rounds} rounds", "", *table(found)]))
+    header, found = list(machine()), []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for case in CASES[config.device]:
+            if config.only in case.name:
+                with tempfile.TemporaryDirectory() as folder:
+                    found.append(measure(config, case, Path(folder)))
+                yield found[-1]
+
+    print("\n".join([*header, f"{config.rounds} rounds", ""]))
+    for line in table(rows()):
+        print(line, flush=True)
     if config.json:
         Path(config.json).write_text(json.dumps({"header": header, "rows": found}, indent=1) + "\n")
 

@@ -8,15 +8,19 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from open_clip.loss import ClipLoss
+from open_clip.model import CLIP
+from open_clip.transformer import ResidualAttentionBlock
 from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 
+from latentclip.attention import Block
 from latentclip.dataset import LatentDataset
 from latentclip.fit import Fit
 from latentclip.latent_space import LatentSpace
@@ -27,8 +31,13 @@ from latentclip.shards import LatentRows, write_shard
 from latentclip.storage import Folder
 from latentclip.tokens import token_format, tokenise
 from latentclip.training import Optimisation, learning_rate
+from latentclip.trimmed import TrimmedCLIP
 
 SPACE = LatentSpace("random", 4, 8, 0.13025, 0.0, "0" * 16)
+TOKENS, SPREAD = 17.24, 0.7
+"""Tokens of a caption on average, without the two at its ends, and the standard deviation of their logarithm."""
+OPEN_CLIPS: dict[type[nn.Module], type[nn.Module]] = {TrimmedCLIP: CLIP, Block: ResidualAttentionBlock}
+"""open_clip's classes for ours, which have the same weights."""
 WARM = 2
 """Steps at the start of each round that are not timed: the first batch is waited for, and memory is laid out."""
 
@@ -122,6 +131,8 @@ class OpenClip:
         compiled: bool,
     ) -> None:
         self.model: Any = model
+        for module in self.model.modules():
+            module.__class__ = OPEN_CLIPS.get(type(module), type(module))
         self.model.output_dict = True
         self.batches, self.device, self.step, self.optimisation = batches, device, 0, optimisation
         self.optimiser = _optimiser(model, optimisation)
@@ -195,13 +206,19 @@ def write_latents(folder: Path, model: str, grid: int, samples: int) -> LatentDa
     rng = np.random.default_rng(0)
     for number in range(8):
         latents = rng.standard_normal((per_shard, *shape), np.float32).astype(np.float16)
-        captions = [f"picture {rng.integers(10**9)}" for _ in range(per_shard)]
+        captions = [caption(rng) for _ in range(per_shard)]
         keys = [f"{number}-{row:07d}" for row in range(per_shard)]
         rows = LatentRows(keys, captions, [latents], tokens=tokenise(model, captions))
         write_shard(
             Folder(folder), dataset, rows, Outcome(f"{number:05d}", input=Input(f"{number}.tar", 0), planned=per_shard)
         )
     return LatentDataset(folder)
+
+
+def caption(rng: np.random.Generator) -> str:
+    """Words of one token each, as many as alt texts have: log-normal, the mean that of COYO-700M's data card."""
+    words = np.exp(rng.normal(np.log(TOKENS) - SPREAD**2 / 2, SPREAD))
+    return " ".join(rng.choice(list(ascii_lowercase), round(max(3, words))))
 
 
 def ready(ours: Ours, count: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,8 @@
 FLOPs are counted and memory is measured while the model itself runs forward and backward on tensors without memory
 (PyTorch's FakeTensorMode), with the loss, precision and checkpointing that it is trained with. What a device needs
 beside its tensors is not in it: its context and libraries (about 1 GB on CUDA), gaps of the allocator, NCCL's buffers.
-A frozen text tower counts as free, since its output is kept by caption.
+A frozen text tower counts as free, since its output is kept by caption; any other counts as if captions filled their
+context, which they seldom do (see `latentclip.trimmed`).
 """
 
 from __future__ import annotations
@@ -225,7 +226,9 @@ class Cost:
         if isinstance(getattr(model, "text", None), FrozenTextEncoder):
             texts = model.text.proj(torch.zeros(batch, model.text.config.hidden_size))
         else:
-            texts = model.encode_text(torch.zeros(batch, self.context, dtype=torch.long), normalize=True)
+            tokens = torch.zeros(batch, self.context, dtype=torch.long)
+            whole = CLIP.encode_text if isinstance(model, CLIP) else CustomTextCLIP.encode_text
+            texts = whole(model, tokens, normalize=True)
         return [features for features in (images, texts) if features.requires_grad]
 
 

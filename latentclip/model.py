@@ -10,6 +10,7 @@ Beside open_clip's own keys a config may hold, in `vision_cfg`:
                                        that have one, for the same reason
 and in `text_cfg`:
     locked                             true freezes a pretrained text tower, false trains it
+    residual                           true adds the projection of a locked pretrained tower to what it projects
 The names latent_* are those of the published Latent-CLIP configs (arXiv 2503.08455).
 """
 
@@ -28,9 +29,11 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from latentclip import hub
+from latentclip.attention import pack_attention
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
 from latentclip.text import FrozenTextEncoder, Tokenizer, pretrained_folder
+from latentclip.trimmed import TrimmedCLIP
 
 Config = dict[str, Any]
 _CONFIGS = Path(__file__).parent / "model_configs"
@@ -83,7 +86,7 @@ def build_model(
     """
     config = resolve_config(name_or_config, space, grid)
     vision, text = config.pop("vision_cfg"), config.pop("text_cfg")
-    locked = text.pop("locked", False)
+    locked, residual = text.pop("locked", False), text.pop("residual", False)
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if "hf_model_name" in text:
         text |= _text_source(text, text_folder)
@@ -91,7 +94,7 @@ def build_model(
     on_timm = "timm_model_name" in vision
     try:
         with hub.quiet(transformers.utils.logging):
-            model = (CustomTextCLIP if custom else CLIP)(
+            model = (CustomTextCLIP if custom else TrimmedCLIP)(
                 **config, vision_cfg=_PLACEHOLDER if on_timm else open_clips, text_cfg=text
             )
         if on_timm:
@@ -104,8 +107,11 @@ def build_model(
         raise UsageError(
             f"the model config cannot be built ({error}); compare it with latentclip/model_configs"
         ) from error
+    pack_attention(model)
+    if residual and not (locked and "hf_model_name" in text):
+        raise UsageError("text_cfg.residual is for a locked pretrained text tower; leave it away, or lock one")
     if locked and "hf_model_name" in text:
-        model.text = FrozenTextEncoder(model.text)
+        model.text = FrozenTextEncoder(model.text, residual=residual)
     elif locked:
         model.lock_text_tower()
     return model

@@ -227,8 +227,17 @@ def _on_device(
     optimiser = build_optimiser(model, settings.optimisation)  # which freezes what is not trained
     average = WeightAverage(model, settings.average) if settings.average else None
     if settings.compile:
-        model.compile()
+        compile_towers(model)
     return Training(model, optimiser, average, config, tokenizer, snapshot)
+
+
+def compile_towers(model: CLIP | CustomTextCLIP) -> None:
+    """Compile a model's towers with torch.compile, in place; the first steps then take minutes."""
+    model.visual.compile()
+    if isinstance(model, CLIP):
+        model.transformer.compile(dynamic=True)  # captions are cut to many lengths
+    else:
+        model.text.compile()
 
 
 def training_config(dataset: LatentDataset, settings: FitSettings) -> Config:

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from latentclip.trimmed import TrimmedCLIP
+
 if TYPE_CHECKING:
     from latentclip.place import Team
 
@@ -33,6 +35,8 @@ def shard(model: nn.Module, team: Team) -> None:
             value.data = value.data.contiguous()  # channels last is refused
     everyone: Any = torch.distributed.group.WORLD
     mesh = DeviceMesh.from_group(team.group or everyone, team.device.type)
+    if isinstance(model, TrimmedCLIP):
+        model.in_groups = False  # each run of a block gathers its weights, and all workers must do as many
     blocks = [module for module in model.modules() if isinstance(module, ResidualAttentionBlock)]
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)

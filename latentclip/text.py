@@ -143,23 +143,41 @@ class FrozenTextEncoder(nn.Module):
     """open_clip's HFTextEncoder with a frozen transformer: same weights, names and output, in a fraction of the time.
 
     What a frozen transformer makes of a caption never changes, so the pooled vectors are kept. Only the projection
-    trains. A caption's vector depends on the caption alone, to the bit, so that a resumed run equals an undisturbed
-    one: rows are computed in groups of one fixed shape, in the weights' own precision.
+    trains. With `residual` it is added to what it projects and begins at zero, so that captions start out as near to
+    each other as the transformer has them; those that no training sees profit from it. A caption's vector depends on
+    the caption alone, to the bit, so that a resumed run equals an undisturbed one: rows are computed in groups of one
+    fixed shape, in the weights' own precision.
     """
 
-    def __init__(self, tower: HFTextEncoder) -> None:
-        """Take over the parts of `tower` and freeze its transformer."""
+    def __init__(self, tower: HFTextEncoder, *, residual: bool = False) -> None:
+        """Take over the parts of `tower` and freeze its transformer.
+
+        Raises UsageError if `residual` is asked for and there is no projection, or one to another width.
+        """
         super().__init__()
         self.config = tower.config
         self.context_length, self.vocab_size = tower.context_length, tower.vocab_size
         self.transformer, self.pooler, self.proj = tower.transformer, tower.pooler, tower.proj
         self.transformer.requires_grad_(False).eval()
+        self.residual = residual
+        if residual:
+            self._begin_at_zero()
         self.register_load_state_dict_post_hook(_forget)
         self.forget()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Features (b, d) of tokens (b, context)."""
-        return self.proj(self._pooled(tokens).to(self.transformer.dtype))
+        pooled = self._pooled(tokens).to(self.transformer.dtype)
+        return pooled + self.proj(pooled) if self.residual else self.proj(pooled)
+
+    def _begin_at_zero(self) -> None:
+        last = self.proj[-1] if isinstance(self.proj, nn.Sequential) else self.proj
+        width = self.config.hidden_size
+        if not isinstance(last, nn.Linear) or last.out_features != width:
+            raise UsageError(
+                f"text_cfg.residual needs hf_proj_type and an embed_dim of {width}, the text tower's width; give both"
+            )
+        nn.init.zeros_(last.weight)
 
     def forget(self) -> None:
         """Drop the kept vectors; needed where weights are written other than by `load_state_dict` or `to`."""

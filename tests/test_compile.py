@@ -11,6 +11,8 @@ import latentclip
 
 
 @pytest.mark.slow
+# PyTorch hides this warning of its own compiler when it is shown, which comes after an error is made of it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_training_is_the_plain_one(tmp_path: Path) -> None:
     latents = small_latents(tmp_path / "latents")
     fit(latents, tmp_path / "plain").run()
