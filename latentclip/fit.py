@@ -174,7 +174,7 @@ class Fit:
             team.all_true,
             micro_batch=settings.micro_batch,
             embedding_only=self.progress < settings.optimisation.embedding_first,
-            mixup_share=mixup.share(settings.optimisation.mixup, settings.seed, self.step),
+            shares=mixup.shares(settings.optimisation.mixup, batch["seeds"]),
         )
         if self.training.average:
             self.training.average.update(self.training.model, self.step)

@@ -150,7 +150,7 @@ def training_step(
     *,
     micro_batch: int | None = None,
     embedding_only: bool = False,
-    mixup_share: float = 1.0,
+    shares: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Move the weights by one batch (latents (b, c, h, w), text (b, context)) at learning rate `rate`.
 
@@ -158,10 +158,11 @@ def training_step(
     are if one of CHECKED is not finite. `agree` makes of this worker's flags (n,) bool those that all workers share;
     each comes that far whatever it has found, so that none waits for another. At most `micro_batch` samples are
     computed at a time; with `embedding_only` only the patch embedding and its positions move. Of themselves samples
-    keep `mixup_share` (see `mixup`).
+    keep `shares` (b,) where they are given (see `mixup`).
     """
-    if mixup_share < 1:
-        latents, loss_function = blended(latents, mixup_share), BlendedLoss(loss_function, mixup_share)
+    if shares is not None:
+        shares = shares.to(latents.device, non_blocking=True)
+        latents, loss_function = blended(latents, shares), BlendedLoss(loss_function, shares)
     for group in optimiser.param_groups:
         group["lr"] = rate * group["share"]
     context = autocast(latents.device, settings.precision)

@@ -136,6 +136,14 @@ def test_unlocked_text_tower_trains() -> None:
     assert all(parameter.requires_grad for parameter in model.text.parameters())
 
 
+@needs_minilm
+def test_a_residual_needs_a_locked_tower() -> None:
+    config = resolve_config("Latent-ResNet-10-MiniLM", SMALL, 8)
+    config["text_cfg"] |= {"locked": False, "residual": True}
+    with pytest.raises(UsageError, match="leave it away, or lock one"):
+        build_model(config, SMALL, 8)
+
+
 def test_a_config_file_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(on_timm("resnet10t")))
     assert build_model(tmp_path / "mine.json", SDXL, 32).encode_image(torch.randn(2, 4, 32, 32)).shape == (2, 16)

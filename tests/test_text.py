@@ -139,6 +139,26 @@ def test_only_the_projection_trains(tower: HFTextEncoder, tokenizer: Tokenizer) 
 
 
 @needs_minilm
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_a_residual_projection_begins_with_what_it_projects(projection: str, tokenizer: Tokenizer) -> None:
+    with hub.quiet(transformers.utils.logging):
+        tower = HFTextEncoder(str(pretrained_folder(MINILM)), 384, pooler_type="mean_pooler", proj_type=projection)
+    residual = FrozenTextEncoder(tower, residual=True)
+    tokens = tokenizer(CAPTIONS)
+    assert torch.equal(residual(tokens), residual._pooled(tokens))
+    residual(tokens).square().sum().backward()
+    torch.optim.SGD(residual.proj.parameters(), lr=0.1).step()
+    torch.testing.assert_close(residual(tokens), residual._pooled(tokens) + residual.proj(residual._pooled(tokens)))
+    assert not torch.allclose(residual(tokens), residual._pooled(tokens))
+
+
+@needs_minilm
+def test_a_residual_projection_keeps_the_width(tower: HFTextEncoder) -> None:
+    with pytest.raises(UsageError, match="embed_dim of 384"):
+        FrozenTextEncoder(tower, residual=True)
+
+
+@needs_minilm
 def test_new_weights_and_types_drop_kept_vectors(tower: HFTextEncoder, tokenizer: Tokenizer) -> None:
     frozen = FrozenTextEncoder(tower)
     before = frozen(tokenizer(["a cat"]))
