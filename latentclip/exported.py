@@ -96,7 +96,9 @@ def open_clip_config(config: Config, grid: int) -> dict[str, Any]:
     plain = copy.deepcopy(config)
     vision = {key: value for key, value in plain["vision_cfg"].items() if key not in OWN_VISION_KEYS}
     plain["vision_cfg"] = vision | {"image_size": grid}
-    plain["text_cfg"].pop("locked", None)  # but not `residual`: open_clip must refuse what it would compute otherwise
+    plain["text_cfg"].pop("locked", None)
+    if not plain["text_cfg"].get("residual"):
+        plain["text_cfg"].pop("residual", None)  # where it is true, open_clip must refuse what it cannot compute
     return {"model_cfg": plain, "preprocess_cfg": _PIXELS}
 
 

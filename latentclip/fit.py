@@ -36,7 +36,7 @@ from latentclip.snapshot import FILE as SNAPSHOT
 from latentclip.source import Cache
 from latentclip.step_log import StepLog, log_skip
 from latentclip.training import WEIGHT, NotFiniteError, all_finite, build_loss, learning_rate, training_step
-from latentclip.trimmed import TrimmedCLIP
+from latentclip.trimmed import tokens_for
 
 __all__ = ["Fit", "FitSettings", "Flat", "Place", "check_settings"]
 
@@ -168,7 +168,7 @@ class Fit:
             self.loss,
             self.training.optimiser,
             self._latents(batch),
-            self._text(batch),
+            tokens_for(self.training.model, batch["text"]),
             settings.optimisation,
             rate,
             team.all_true,
@@ -193,11 +193,6 @@ class Fit:
         latents = self.loader.to_float(batch["latents"].to(device, non_blocking=True))
         latents = augment_latents(latents, batch["seeds"].to(device, non_blocking=True), self.settings.augmentation)
         return latents.contiguous(memory_format=torch.channels_last)
-
-    def _text(self, batch: Batch) -> Tensor:
-        """The tokens (b, context) of a batch, where the model reads them."""
-        text = batch["text"]
-        return text if isinstance(self.training.model, TrimmedCLIP) else text.to(self.team.device, non_blocking=True)
 
     def _tick(self) -> tuple[bool, bool]:
         """Advance the clock; returns whether to stop, and whether a checkpoint is due. Rank 0 decides for all.

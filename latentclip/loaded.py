@@ -26,6 +26,7 @@ from latentclip.model import Config
 from latentclip.published import HUB_FILES, find_published, read_published
 from latentclip.rejects import Rejected
 from latentclip.text import Tokenizer, load_tokenizer
+from latentclip.trimmed import tokens_for
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """A name on the hub."""
@@ -101,7 +102,8 @@ class Loaded:
         """Features (b, d) of captions."""
         with torch.no_grad():
             tokens = self.tokenizer(list(captions)).split(_CAPTIONS)
-            return torch.cat([self.model.encode_text(rows.to(self.device), normalize=True) for rows in tokens])
+            found = [self.model.encode_text(tokens_for(self.model, rows), normalize=True) for rows in tokens]
+            return torch.cat(found)
 
     def rank(self, image_features: Tensor, captions: Sequence[str]) -> list[tuple[str, float]]:
         """Captions with probabilities (softmax of the logits) for an image's features (d,), the likeliest first."""

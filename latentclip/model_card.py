@@ -56,8 +56,9 @@ def _what_it_reads(clip: Loaded) -> str:
 
 def _in_open_clip(clip: Loaded, config: Config) -> str:
     vision = config["vision_cfg"]
-    if "timm_model_name" in vision:
-        return "## In plain open_clip\n\nIts image tower has a form of its own, so it cannot be loaded there.\n"
+    own = {"image": "timm_model_name" in vision, "text": config["text_cfg"].get("residual")}
+    if towers := [name for name, is_own in own.items() if is_own]:
+        return f"## In plain open_clip\n\nIts {towers[0]} tower has a form of its own, so it cannot be loaded there.\n"
     patch, width = vision["patch_size"], vision.get("width", 768)
     hub = " The text tower's architecture is fetched from the hub." if "hf_model_name" in config["text_cfg"] else ""
     return f"""## In plain open_clip

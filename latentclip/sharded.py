@@ -36,7 +36,7 @@ def shard(model: nn.Module, team: Team) -> None:
     everyone: Any = torch.distributed.group.WORLD
     mesh = DeviceMesh.from_group(team.group or everyone, team.device.type)
     if isinstance(model, TrimmedCLIP):
-        model.in_groups = False  # each run of a block gathers its weights, and all workers must do as many
+        model.trims = False  # each run of a block gathers its weights, and all workers must do as many
     blocks = [module for module in model.modules() if isinstance(module, ResidualAttentionBlock)]
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)

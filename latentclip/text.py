@@ -135,6 +135,25 @@ def load_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Tokeni
         raise UsageError(f"{bpe} holds no byte pairs ({error}); use another checkpoint") from error
 
 
+class Residual(nn.Module):
+    """A projection (b, width) to (b, width) that is added to what it projects, and begins at zero."""
+
+    def __init__(self, added: nn.Module, width: int) -> None:
+        """Take over one of open_clip's projections; raises UsageError if it is none, or leads to another width."""
+        super().__init__()
+        last = added[-1] if isinstance(added, nn.Sequential) else added
+        if not isinstance(last, nn.Linear) or last.out_features != width:
+            raise UsageError(
+                f"text_cfg.residual needs hf_proj_type and an embed_dim of {width}, the text tower's width; give both"
+            )
+        nn.init.zeros_(last.weight)
+        self.added = added
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """The sum of both."""
+        return pooled + self.added(pooled)
+
+
 def _forget(encoder: FrozenTextEncoder, _: Any) -> None:
     encoder.forget()
 
@@ -143,10 +162,10 @@ class FrozenTextEncoder(nn.Module):
     """open_clip's HFTextEncoder with a frozen transformer: same weights, names and output, in a fraction of the time.
 
     What a frozen transformer makes of a caption never changes, so the pooled vectors are kept. Only the projection
-    trains. With `residual` it is added to what it projects and begins at zero, so that captions start out as near to
-    each other as the transformer has them; those that no training sees profit from it. A caption's vector depends on
-    the caption alone, to the bit, so that a resumed run equals an undisturbed one: rows are computed in groups of one
-    fixed shape, in the weights' own precision.
+    trains. With `residual` it is a `Residual`, whose weights have names of their own: captions start out as near to
+    each other as the transformer has them, and those that no training sees profit from it. A caption's vector depends
+    on the caption alone, to the bit, so that a resumed run equals an undisturbed one: rows are computed in groups of
+    one fixed shape, in the weights' own precision.
     """
 
     def __init__(self, tower: HFTextEncoder, *, residual: bool = False) -> None:
@@ -159,25 +178,14 @@ class FrozenTextEncoder(nn.Module):
         self.context_length, self.vocab_size = tower.context_length, tower.vocab_size
         self.transformer, self.pooler, self.proj = tower.transformer, tower.pooler, tower.proj
         self.transformer.requires_grad_(False).eval()
-        self.residual = residual
         if residual:
-            self._begin_at_zero()
+            self.proj = Residual(self.proj, tower.config.hidden_size)
         self.register_load_state_dict_post_hook(_forget)
         self.forget()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Features (b, d) of tokens (b, context)."""
-        pooled = self._pooled(tokens).to(self.transformer.dtype)
-        return pooled + self.proj(pooled) if self.residual else self.proj(pooled)
-
-    def _begin_at_zero(self) -> None:
-        last = self.proj[-1] if isinstance(self.proj, nn.Sequential) else self.proj
-        width = self.config.hidden_size
-        if not isinstance(last, nn.Linear) or last.out_features != width:
-            raise UsageError(
-                f"text_cfg.residual needs hf_proj_type and an embed_dim of {width}, the text tower's width; give both"
-            )
-        nn.init.zeros_(last.weight)
+        return self.proj(self._pooled(tokens).to(self.transformer.dtype))
 
     def forget(self) -> None:
         """Drop the kept vectors; needed where weights are written other than by `load_state_dict` or `to`."""

@@ -28,13 +28,14 @@ class TrimmedCLIP(CLIP):
     Tokens may lie in the CPU's memory whatever the model's device: then nothing waits to learn how long they are.
     """
 
-    in_groups = True
-    """Whether captions are grouped by length; else all are as long as the longest, and each block runs once."""
+    trims = True
+    """Whether padding is passed over; else every caption fills its context, and each block runs once."""
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Features (b, d) of tokens (b, context), scaled to length one if asked for."""
         device = self.positional_embedding.device
-        if self.attn_mask is None or self.text_pool_type not in ("argmax", "eos"):
+        has_class_token = len(self.positional_embedding) != self.context_length
+        if not self.trims or has_class_token or self.attn_mask is None or self.text_pool_type not in ("argmax", "eos"):
             return super().encode_text(text.to(device, non_blocking=True), normalize)
         lengths = 1 + self._pool(torch.arange(text.shape[1], device=text.device).expand_as(text), text)
         groups = by_length(lengths.cpu(), text.shape[1], self._groups(len(text)))
@@ -46,7 +47,7 @@ class TrimmedCLIP(CLIP):
     def _groups(self, captions: int) -> int:
         """How many groups so many captions are computed in."""
         most = _GROUPS_RECOMPUTED if self.transformer.grad_checkpointing else _GROUPS
-        return max(1, min(most, captions // _FEWEST)) if self.in_groups else 1
+        return max(1, min(most, captions // _FEWEST))
 
     def _pooled(self, tokens: Tensor, groups: list[tuple[Tensor, int]]) -> Tensor:
         """What the transformer makes of each caption's last token (b, width)."""
@@ -79,3 +80,10 @@ def by_length(lengths: Tensor, context: int, count: int) -> list[tuple[Tensor, i
     longest = [int(group[0]) for group in ordered.chunk(count) if len(group)]
     cut = [min(context, (length + _STEP - 1) // _STEP * _STEP) for length in longest]
     return list(zip(order.chunk(count), cut, strict=False))
+
+
+def tokens_for(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Tokens (b, context) where a model's text tower reads them: left where they are, or on the model's device."""
+    if isinstance(model, TrimmedCLIP):
+        return tokens
+    return tokens.to(next(model.parameters()).device, non_blocking=True)

@@ -42,12 +42,14 @@ DEMO = Experiment(
         latents="runs/demo/latents/train",
         run="runs/demo",
         settings=FitSettings(
-            model="Latent-ResNet-10-MiniLM",
-            steps=800,
-            batch_size=1024,
-            optimisation=Optimisation(learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0),
-            augmentation=LatentAugmentation(shift=1, noise=0.1),
-            plain_share=0.85,
+            model="Latent-ResNet-10-MiniLM-residual",
+            steps=2800,
+            batch_size=512,
+            optimisation=Optimisation(
+                learning_rate=8e-3, warmup=0.05, weight_decay=0.1, gradient_clip=1.0, max_logit_scale=20
+            ),
+            augmentation=LatentAugmentation(shift=1, noise=0.3),
+            plain_share=0.7,
         ),
     ),
     evaluate=EvaluateConfig(
@@ -77,7 +79,9 @@ PHOTOS = Experiment(
             model="Latent-ResNet-10-s2-MiniLM",
             max_minutes=2.5,
             batch_size=64,
-            optimisation=Optimisation(learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0),
+            optimisation=Optimisation(
+                learning_rate=3e-3, warmup=0.03, weight_decay=0.1, gradient_clip=1.0, max_logit_scale=20, mixup=0.4
+            ),
             augmentation=LatentAugmentation(crop=0.6, flip=0.5, noise=0.3),
         ),
     ),

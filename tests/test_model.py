@@ -116,7 +116,9 @@ def test_other_timm_networks_take_their_arguments() -> None:
 
 
 @needs_minilm
-@pytest.mark.parametrize("name", ["Latent-ResNet-10-MiniLM", "Latent-ResNet-10-s2-MiniLM"])
+@pytest.mark.parametrize(
+    "name", ["Latent-ResNet-10-MiniLM", "Latent-ResNet-10-MiniLM-residual", "Latent-ResNet-10-s2-MiniLM"]
+)
 def test_frozen_text_tower_and_small_resnet(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     model = build_model(name, SMALL, 8)

@@ -173,9 +173,9 @@ def test_what_a_training_leaves_out_is_said_before_it_begins(tmp_path: Path) -> 
 
 
 def test_a_training_that_waits_for_workers_can_be_stopped(ray_cluster: None, tmp_path: Path) -> None:
-    fill(tmp_path / "latents", shards=1, rows=99, latent_shape=(4, 4, 4))
+    fill(tmp_path / "latents", shards=1, rows=198, latent_shape=(4, 4, 4))
     options = ("photos", "--latents", str(tmp_path / "latents"), "--run", str(tmp_path / "run"))
-    options += ("--model", "Latent-ViT-tiny", "--batch-size", "99", "--workers", "99")
+    options += ("--model", "Latent-ViT-tiny", "--batch-size", "198", "--workers", "99")
     process = start("train", *options, "--ray-address", ray.get_runtime_context().gcs_address)
     read_until(process, "and the cluster has")
     read_until(process, "train:   0%")

@@ -148,8 +148,8 @@ def test_a_residual_projection_begins_with_what_it_projects(projection: str, tok
     assert torch.equal(residual(tokens), residual._pooled(tokens))
     residual(tokens).square().sum().backward()
     torch.optim.SGD(residual.proj.parameters(), lr=0.1).step()
-    torch.testing.assert_close(residual(tokens), residual._pooled(tokens) + residual.proj(residual._pooled(tokens)))
     assert not torch.allclose(residual(tokens), residual._pooled(tokens))
+    assert all(".added." in name for name in residual.state_dict() if name.startswith("proj."))
 
 
 @needs_minilm

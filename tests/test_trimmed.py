@@ -60,12 +60,12 @@ def gradients(model: Any, latents: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("count", "checkpointing", "in_groups"),
+    ("count", "checkpointing", "trims"),
     [(1, False, True), (100, False, True), (100, True, True), (20, False, False)],
 )
-def test_features_and_gradients_are_those_of_open_clip(count: int, checkpointing: bool, in_groups: bool) -> None:
+def test_features_and_gradients_are_those_of_open_clip(count: int, checkpointing: bool, trims: bool) -> None:
     ours = model()
-    ours.in_groups = in_groups
+    ours.trims = trims
     theirs = open_clips(ours)
     ours.set_grad_checkpointing(checkpointing)
     latents, text = batch(count)
@@ -84,7 +84,7 @@ def test_another_end_token_is_found_as_open_clip_finds_it() -> None:
     torch.testing.assert_close(ours.encode_text(text), open_clips(ours).encode_text(text))
 
 
-@pytest.mark.parametrize("text", [{"pool_type": "last"}, {"no_causal_mask": True}])
+@pytest.mark.parametrize("text", [{"pool_type": "last"}, {"no_causal_mask": True}, {"pool_type": "first"}])
 def test_padding_that_takes_part_is_kept(text: dict[str, Any]) -> None:
     ours = model(**text)
     tokens = batch(20)[1]
