@@ -11,7 +11,7 @@ help:  ## print these targets
 
 install: $(INSTALLED)  ## install into .venv exactly what requirements.lock names (about 7 GB)
 
-demo: $(INSTALLED)  ## pairs -> latents -> model -> metrics on emoji, to runs/demo/report.html (about 7 minutes on 2 cores)
+demo: $(INSTALLED)  ## pairs -> latents -> model -> metrics on emoji, to runs/demo/report.html (about 10 minutes on 2 cores)
 	$(BIN)/python pipelines/demo.py
 
 test: $(INSTALLED)  ## run every test (about 30 minutes on 2 cores)
