@@ -102,7 +102,6 @@ def measure(config: StepBenchmark, case: Case, folder: Path) -> dict[str, Any]:
     model = ours.training.model
     bare = uncompiled(model)
     bare.set_grad_checkpointing(False)
-    bare._groups = model._groups  # of captions, which checkpointing has fewer of
     theirs = OpenClip(uncompiled(model), ready(ours, steps), recipe, device, compiled=case.compile)
     rounds: dict[str, list[Round]] = {"ours": [], "open_clip": []}
     for number in range(config.rounds):
@@ -113,6 +112,7 @@ def measure(config: StepBenchmark, case: Case, folder: Path) -> dict[str, Any]:
             rounds[name].append((ours if name == "ours" else theirs).round(case.steps))
     compare(rounds, TOLERANCE[precision])
     cost = Cost(bare.cpu(), ours.training.config, SPACE, case.grid, recipe, checkpointing=case.checkpointing)
+    bare._groups = model._groups  # of captions, which checkpointing has fewer of
     found = figures(case, rounds, cost, flops(bare.to(device), *theirs.batches[0]))
     return {"case": asdict(case), **found}
 
