@@ -5,10 +5,12 @@
 
 variants.json names lists of flags of train.py, and one of them is `baseline`:
     {"baseline": [], "average": ["--average", "0.99"], "calm": ["--max-logit-scale", "30"]}
+`benchmarks/variants/` has those that docs/training.md shows: each takes one part out of a recipe.
 
 Runs that are in RESULTS already are not repeated, so that a table may grow over days. A cell is the mean over the
 seeds; a difference is that to the baseline with its 95 % interval (Student's t of the differences by seed). `--train`
-and `--evaluate` are flags for every variant in one word, such as `--train="--latents latents/ --threads 1"`.
+and `--evaluate` are flags for every variant in one word, such as `--train="--latents latents/ --threads 1"`, which with
+`--at-once` as many as there are cores is the fastest for small models.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +52,8 @@ class Ablations:
     """Folder for the runs; a run's own is removed once it is in the results."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each variant."""
+    at_once: int = 1
+    """Trainings side by side."""
     metric: str = "image_to_text_r1"
     """Metric of evaluate.py that is compared, of each set."""
     train: str = ""
@@ -85,12 +91,11 @@ def command(arguments: list[str]) -> None:
         raise RuntimeError(f"{shlex.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
-def table(results: list[dict[str, Any]], seeds: tuple[int, ...]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row a variant, a column a set, each difference to the baseline with its interval."""
     by_variant: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
-        if result["seed"] in seeds:
-            by_variant.setdefault(result["variant"], {})[result["seed"]] = result
+        by_variant.setdefault(result["variant"], {})[result["seed"]] = result
     base = by_variant[BASELINE]
     sets = list(next(iter(base.values()))["metrics"])
     lines = [f"| variant | flags | seeds | seconds | {' | '.join(sets)} |", "|---" * (4 + len(sets)) + "|"]
@@ -113,20 +118,40 @@ def cell(runs: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], name:
 
 
 def main(config: Ablations) -> None:
-    """Do what is not done yet, seed by seed, and print the table after each round."""
+    """Do what is not done yet, all variants of a seed before the next seed, and print the table."""
     variants = json.loads(config.variants.read_text())
+    if BASELINE not in variants:
+        raise SystemExit(f"{config.variants} has no '{BASELINE}' to compare the others with; add one, such as [].")
     known = config.results.read_text().splitlines() if config.results.exists() else []
     results = [json.loads(line) for line in known]
-    for seed in config.seeds:
-        for variant, flags in variants.items():
-            same = {"variant": variant, "flags": flags, "seed": seed}
-            if any(same.items() <= result.items() for result in results):
-                continue
-            results.append({**same, **run(config, flags, seed)})
-            with config.results.open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
-            print(json.dumps(results[-1]), flush=True)
-    print(table([result for result in results if result["variant"] in variants], config.seeds))
+    wanted = [
+        {"variant": variant, "flags": flags, "seed": seed}
+        for seed in config.seeds
+        for variant, flags in variants.items()
+    ]
+    missing = [one for one in wanted if not found(one, results)]
+    for result in finished(config, missing):
+        results.append(result)
+        with config.results.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+    print(table([result for one in wanted for result in found(one, results)]))
+
+
+def found(wanted: dict[str, Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The result of a variant with these flags and this seed, if there is one."""
+    return [result for result in results if wanted.items() <= result.items()][:1]
+
+
+def finished(config: Ablations, runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each run with what it found, as soon as it has; one that fails ends all after those under way."""
+    with ThreadPoolExecutor(config.at_once) as pool:
+        under_way = {pool.submit(run, config, one["flags"], one["seed"]): one for one in runs}
+        try:
+            for done in as_completed(under_way):
+                yield {**under_way[done], **done.result()}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ The image tower reads latents of a latent diffusion model's autoencoder instead 
 import latentclip
 
 clip = latentclip.load("FOLDER_OR_REPOSITORY")
-features = clip.encode_latents(latents, space)
+features = clip.encode_latents(latents, clip.space)
 ```
 """
 

@@ -88,6 +88,7 @@ def test_the_notebook_view(capsys: pytest.CaptureFixture[str]) -> None:
         "datasets",
         "duckdb",
         "ray",
+        "latentclip",
         pytest.param("webdataset", marks=pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")),  # its own
     ],
 )
@@ -128,3 +129,4 @@ def test_other_types_are_read_elsewhere(
         latents = run_block(f"# {library}", {'"float16"': f'"{numpy_type}"'}, C=4, H=2, W=3)["latents"]
     latents = run_block(f"# {dtype}", latents=latents, np=np, C=4)["latents"]
     np.testing.assert_array_equal(np.stack(latents), to_float(rows.latents[0], space))
+    np.testing.assert_array_equal(run_block("# latentclip")["latents"], to_float(rows.latents[0], space))
