@@ -19,12 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from latentclip.errors import UsageError
 
 
-def check_micro_batch(model: nn.Module, micro_batch: int | None) -> None:
-    """Raise UsageError if a model's features depend on what else is computed with a sample, so that parts differ."""
-    if micro_batch is not None and any(isinstance(module, _BatchNorm) for module in model.modules()):
+def check_parts(model: nn.Module, micro_batch: int | None, checkpointing: bool) -> None:
+    """Raise UsageError if a model's features or state depend on what is computed together, or how often."""
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    if micro_batch is not None:
         raise UsageError(
             "the model has batch normalisation, whose statistics would be of a part of the batch alone; leave "
             "--micro-batch away, or choose a model without it"
+        )
+    if checkpointing:
+        raise UsageError(
+            "the model has batch normalisation, whose running statistics would move twice a step; leave "
+            "--gradient-checkpointing away, or choose a model without it"
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from latentclip.errors import UsageError
 from latentclip.sharded import local, placed_like
+from latentclip.training import is_of_text
 
 
 class WeightAverage:
@@ -29,12 +30,21 @@ class WeightAverage:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on from the average that a checkpoint holds; raises UsageError for tensors of another model."""
+        _require_like(self.tensors, tensors)
         for name, value in self.tensors.items():
-            if name not in tensors or tensors[name].shape != value.shape or not tensors[name].isfinite().all():
-                raise UsageError(
-                    f"the average of {name} is missing, of another shape or not finite; use an older checkpoint"
-                )
             self.tensors[name] = placed_like(value, tensors[name])
+
+
+def use_average(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a model the average that a checkpoint holds; raises UsageError for tensors of another model.
+
+    A text tower that was frozen (`--text-rate 0`) has none, and stays as it is.
+    """
+    wanted = averaged(model)
+    if not any(map(is_of_text, tensors)):
+        wanted = {name: value for name, value in wanted.items() if not is_of_text(name)}
+    _require_like(wanted, tensors)
+    model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
 def averaged(model: nn.Module) -> dict[str, Tensor]:
@@ -42,3 +52,11 @@ def averaged(model: nn.Module) -> dict[str, Tensor]:
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     state = model.state_dict()
     return {name: value for name, value in state.items() if value.is_floating_point() and name not in frozen}
+
+
+def _require_like(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape or not tensors[name].isfinite().all():
+            raise UsageError(
+                f"the average of {name} is missing, of another shape or not finite; use an older checkpoint"
+            )

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from latentclip._commit import COMMIT, commit, is_good, put_in_place, remove, verify_checkpoint
-from latentclip.average import WeightAverage
+from latentclip.average import use_average
 from latentclip.claim import require
 from latentclip.errors import UsageError
 from latentclip.latent_space import LatentSpace
@@ -173,9 +173,7 @@ def read_model(folder: Path, *, averaged: bool = False) -> tuple[CLIP | CustomTe
     model = build_model(config, space, grid, text_folder=folder / "tokenizer")
     load_weights(model, folder / "model.safetensors")
     if averaged and (folder / "average.safetensors").is_file():
-        average = WeightAverage(model, decay=0)
-        average.load(read_tensors(folder, "average"))
-        model.load_state_dict(average.tensors, strict=False)
+        use_average(model, read_tensors(folder, "average"))
     return model, config, load_tokenizer(config, folder / "tokenizer")
 
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentclip._live_bytes import LiveBytes
 from latentclip.latent_space import LatentSpace
 from latentclip.losses import MOST_LOGITS, block_rows
-from latentclip.model import Config
+from latentclip.model import Config, set_checkpointing
 from latentclip.place import team_size
 from latentclip.quantise import stored_dtype
 from latentclip.text import FrozenTextEncoder
@@ -190,7 +190,7 @@ class Cost:
     def _peak(self, batch: int) -> int:
         """Most bytes beside the weights, their gradients among them as they arise."""
         model = self._model
-        model.set_grad_checkpointing(self.checkpointing)
+        set_checkpointing(model, self.checkpointing)
         with self._mode, LiveBytes() as live, self._precision():
             features = self._features(batch)
             torch.autograd.backward(features, [torch.zeros_like(value) for value in features])
@@ -208,7 +208,7 @@ class Cost:
         return (live.peak - kept) / _ROWS**2
 
     def _count(self, *, backward: bool, checkpointing: bool = False) -> float:
-        self._model.set_grad_checkpointing(checkpointing)
+        set_checkpointing(self._model, checkpointing)
         with self._mode, FlopCounterMode(display=False) as counter, self._precision():
             features = self._features(_PAIR)
             if backward:

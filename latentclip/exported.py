@@ -39,6 +39,8 @@ EXPORT_FILES = [HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, "latent_space.json", "mode
 """What `load` needs of an export."""
 _PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 """How a codec's pixels come to lie in [-1, 1]; the model itself never sees any."""
+_MEASURED = ("value", "low", "high", "chance", "n")
+"""What evaluate.py says of each measure."""
 
 
 def is_export(folder: Path) -> bool:
@@ -72,7 +74,7 @@ def export(clip: Loaded, out: Path, metrics: Path | None = None) -> Path:
     if out.exists():
         raise UsageError(f"{out} exists already; give another folder, or delete it first")
     config = {key: value for key, value in clip.config.items() if key != "nonscalar_logit_scale"}
-    measured = read_json(metrics.parent, metrics.name) if metrics else {}
+    measured = read_metrics(metrics) if metrics else {}
     plain = open_clip_config(config, clip.grid)
     partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -89,6 +91,18 @@ def export(clip: Loaded, out: Path, metrics: Path | None = None) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def read_metrics(file: Path) -> dict[str, Any]:
+    """The metrics that evaluate.py wrote, by set ("" if it has no name) and measure; raises UsageError for others."""
+    found = read_json(file.parent, file.name)
+    is_named = all(isinstance(measures, dict) and "value" not in measures for measures in found.values())
+    sets = found if is_named else {"": found}
+    for measure in (measure for measures in sets.values() for measure in measures.values()):
+        values = [measure.get(name) if isinstance(measure, dict) else None for name in _MEASURED]
+        if not all(isinstance(value, int | float) for value in values):
+            raise UsageError(f"{file} is no metrics.json of pipelines/evaluate.py; give one that it wrote")
+    return sets
 
 
 def open_clip_config(config: Config, grid: int) -> dict[str, Any]:

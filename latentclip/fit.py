@@ -109,7 +109,8 @@ class Fit:
     def run(self) -> dict[str, float]:
         """Train to the end, or until `stop`; returns the last metrics, of a worker that has no part of a batch none.
 
-        Raises UsageError if numbers that are not finite were met more often than `max_skips`.
+        Raises UsageError if numbers that are not finite were met more often than `max_skips`, or the device's memory
+        does not suffice.
         """
         if not self.team.computes:
             return {}
@@ -118,6 +119,11 @@ class Fit:
                 return self._train()
             except NotFiniteError as error:
                 blamed, reason = self._blamed(error), str(error)
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    "the device has not enough memory for this model and batch; compute fewer pairs at a time with "
+                    "--micro-batch, use --gradient-checkpointing or more workers, and see what fits with --dry-run"
+                ) from error
             self._go_back(blamed, reason)  # out here, where the error no longer holds the old model in memory
 
     def _train(self) -> dict[str, float]:

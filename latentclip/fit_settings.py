@@ -9,7 +9,7 @@ import tyro
 
 from latentclip.augment import LatentAugmentation
 from latentclip.dataset import LatentDataset
-from latentclip.errors import UsageError, require_at_least
+from latentclip.errors import UsageError, require_above_0, require_at_least, require_between
 from latentclip.mixup import TOGETHER
 from latentclip.tracker import require_wandb
 from latentclip.training import Optimisation
@@ -72,20 +72,21 @@ def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
         raise UsageError("give either --steps or --max-minutes, to say how long to train")
     counted = ("steps", "batch_size", "micro_batch", "keep_checkpoints", "log_steps", "max_rise_steps")
     require_at_least(1, **{name: getattr(settings, name) for name in counted})
-    require_at_least(1, max_logit_scale=settings.optimisation.max_logit_scale)
-    require_at_least(0, max_minutes=settings.max_minutes, learning_rate=settings.optimisation.learning_rate)
-    require_at_least(0, max_skips=settings.max_skips, text_rate=settings.optimisation.text_rate)
-    if settings.optimisation.mixup < 0 or (settings.optimisation.mixup and settings.batch_size % TOGETHER):
+    require_at_least(0, max_skips=settings.max_skips)
+    _check_ranges(settings)
+    if settings.optimisation.mixup and settings.batch_size % TOGETHER:
         raise UsageError(
-            f"--mixup {settings.optimisation.mixup} with a batch of {settings.batch_size}; give an alpha of 0 or more, "
-            "and an even batch, of which it blends pairs"
+            f"--mixup blends two by two, and --batch-size {settings.batch_size} is odd; give an even one, or --mixup 0"
         )
     if settings.average is not None and not 0 < settings.average < 1:
         raise UsageError(f"--average is {settings.average}; give a decay between 0 and 1, such as 0.9999")
-    if settings.max_rise is not None and settings.max_rise <= 0:
-        raise UsageError(f"--max-rise is {settings.max_rise}; give nats above 0, or None")
     if settings.wandb:
         require_wandb()
+    if dataset.space.kind == "moments":
+        raise UsageError(
+            f"{dataset.source} holds the posterior's moments, and a training takes latents; encode with --kind mean or "
+            "--kind sample"
+        )
     pairs = sum(shard.rows for shard in dataset.shards)
     if not pairs:
         raise UsageError(
@@ -96,3 +97,18 @@ def check_settings(dataset: LatentDataset, settings: FitSettings) -> None:
             f"a batch of {settings.batch_size} is larger than the data set of {pairs} pairs; "
             f"give --batch-size {pairs} or less"
         )
+
+
+def _check_ranges(settings: FitSettings) -> None:
+    """Raise UsageError, naming its flag, for the first number with which nothing could be learned."""
+    moved, changed = settings.optimisation, settings.augmentation
+    shares = {name: getattr(moved, name) for name in ("warmup", "final", "embedding_first")}
+    require_between(0, 1, **shares, plain_share=settings.plain_share, flip=changed.flip)
+    sizes = {name: getattr(moved, name) for name in ("learning_rate", "text_rate", "weight_decay", "mixup")}
+    minutes = {"checkpoint_minutes": settings.checkpoint_minutes}
+    require_at_least(0, **sizes, **minutes, noise=changed.noise, shift=changed.shift)
+    require_at_least(1, max_logit_scale=moved.max_logit_scale)
+    require_between(0, 0.999999, beta1=moved.beta1, beta2=moved.beta2)
+    require_above_0(epsilon=moved.epsilon, gradient_clip=moved.gradient_clip, crop=changed.crop)
+    require_above_0(max_minutes=settings.max_minutes, max_rise=settings.max_rise)
+    require_between(0, 1, crop=changed.crop)

@@ -72,6 +72,11 @@ class Loaded:
                 f"the checkpoint {self.path} reads unscaled latents, and diffusers' pipelines have scaled ones: say "
                 "which yours are, with space=clip.space, or space=clip.space.with_storage(scaled=True) for diffusers'"
             )
+        if not latents.is_floating_point():
+            raise UsageError(
+                f"the latents are {latents.dtype}, as they are stored; make numbers of them with "
+                "latentclip.quantise.to_float(latents, space)"
+            )
         latents = latents.to(self.device, torch.float32)
         if space is not None:
             space.require_same_encoder(self.space, mine="the input", theirs=f"the checkpoint {self.path}")
@@ -98,15 +103,16 @@ class Loaded:
                 features.append(self.encode_latents(latents, codec.space))
         return torch.cat(features)
 
-    def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """Features (b, d) of captions."""
+    def encode_text(self, captions: str | Sequence[str]) -> Tensor:
+        """Features (b, d) of captions; one alone may be given as it is."""
         with torch.no_grad():
-            tokens = self.tokenizer(list(captions)).split(_CAPTIONS)
+            tokens = self.tokenizer(_several(captions)).split(_CAPTIONS)
             found = [self.model.encode_text(tokens_for(self.model, rows), normalize=True) for rows in tokens]
             return torch.cat(found)
 
     def rank(self, image_features: Tensor, captions: Sequence[str]) -> list[tuple[str, float]]:
         """Captions with probabilities (softmax of the logits) for an image's features (d,), the likeliest first."""
+        captions = _several(captions)
         with torch.no_grad():
             logits = self.model.logit_scale.exp() * self.encode_text(captions) @ image_features.reshape(-1)
             probabilities = logits.softmax(0).tolist()
@@ -152,6 +158,10 @@ def _local(source: str | Path) -> Path:
 @lru_cache(maxsize=1)
 def _demo_codec(device: torch.device) -> Codec:
     return load_codec("demo", device)
+
+
+def _several(captions: str | Sequence[str]) -> list[str]:
+    return [captions] if isinstance(captions, str) else list(captions)
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:

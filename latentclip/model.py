@@ -24,6 +24,7 @@ from typing import Any
 
 import timm
 import transformers
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from torch import nn
@@ -127,6 +128,18 @@ def require_tokenizer(model: CLIP | CustomTextCLIP, tokenizer: Tokenizer) -> Non
         )
 
 
+def set_checkpointing(model: CLIP | CustomTextCLIP, enable: bool) -> None:
+    """Switch gradient checkpointing of both towers on or off."""
+    text = getattr(model, "text", None)
+    if not isinstance(text, HFTextEncoder):
+        model.set_grad_checkpointing(enable)
+        return
+    # open_clip's adapter enables it whatever it is asked for, and by a name that transformers 5 deprecates.
+    model.visual.set_grad_checkpointing(enable)
+    kind = "activation" if hasattr(text.transformer, "activation_checkpointing_enable") else "gradient"
+    getattr(text.transformer, f"{kind}_checkpointing_{'enable' if enable else 'disable'}")()
+
+
 class TimmTower(TimmModel):
     """open_clip's adapter of a timm network, which gives the network its own arguments and number of channels."""
 
@@ -158,11 +171,14 @@ def read_config(name: str | Path) -> Config:
     if not str(name).endswith(".json") and name not in model_names():
         raise UsageError(f"there is no model {name}; choose one of {', '.join(model_names())}, or give a JSON file")
     try:
-        return json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the model config {path} cannot be read ({error}); give a JSON file in open_clip's shape"
         ) from error
+    if not isinstance(config, dict):
+        raise UsageError(f"the model config {path} is no JSON object; give a JSON file in open_clip's shape")
+    return config
 
 
 def _text_source(text: Config, folder: Path | None) -> Config:

@@ -31,7 +31,7 @@ features = clip.encode_latents(latents, clip.space)
 
 
 def model_card(clip: Loaded, config: Config, provenance: dict[str, str], metrics: dict[str, Any]) -> str:
-    """The card of a loaded model; `metrics` is what evaluate.py wrote, by measure or by set and measure."""
+    """The card of a loaded model; `metrics` are those that evaluate.py wrote, by set and measure."""
     parts = [_HEAD, _what_it_reads(clip), _in_open_clip(clip, config), _table("Provenance", "what", provenance)]
     vision, text = ({key: str(value) for key, value in config[part].items()} for part in ("vision_cfg", "text_cfg"))
     parts += [_table("Image tower", "key", vision), _table("Text tower", "key", text)]
@@ -78,9 +78,8 @@ open_clip.load_checkpoint(model, "FOLDER/open_clip_model.safetensors")
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    sets = {"": metrics} if "value" in next(iter(metrics.values())) else metrics
     lines = ["## Metrics", "", "| set | measure | value | 95 % interval | chance | n |", "|---|---|---|---|---|---|"]
-    for name, measures in sets.items():
+    for name, measures in metrics.items():
         for measure, m in measures.items():
             interval = f"{m['low']:.3f}-{m['high']:.3f}"
             lines.append(f"| {name} | {measure} | {m['value']:.3f} | {interval} | {m['chance']:.4f} | {m['n']:,} |")

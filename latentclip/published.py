@@ -14,11 +14,12 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from torch import Tensor
 
 from latentclip.codec import hash_encoder
@@ -37,6 +38,8 @@ _HEAD_WIDTH = 64
 """Of both towers in all published configs; shapes do not tell it."""
 _LONGEST_CONTEXT = 4096
 """Tokens; the attention mask of many more would fill the memory, and published models have 77."""
+_FROM_SHAPES = {"image_size", "layers", "width", "patch_size", "context_length", "vocab_size", "heads", "head_width"}
+"""Keys that a config may state as it likes here: they are compared with the shapes, or believed."""
 _RENAMED = {"visual.vae_encoder.": "encoder.", "visual.vae_quant_conv.": "quant_conv."}
 _TOWER = "visual.latent_vit."
 
@@ -167,6 +170,7 @@ def _stated_config(folder: Path) -> dict[str, Any]:
 
 def _agreed(found: Config, stated: dict[str, Any], file: Path) -> Config:
     """The config found by the shapes, with what only the stated one can tell: heads and the encoder's name."""
+    _require_usual(stated, found["embed_dim"], file)
     for part in ("vision_cfg", "text_cfg"):
         given = stated.get(part, {})
         unseen = {"latent_encoder_name", "head_width", "heads"} & set(given)
@@ -183,6 +187,23 @@ def _agreed(found: Config, stated: dict[str, Any], file: Path) -> Config:
             f"those of {' or '.join(_SCALING)}"
         )
     return found
+
+
+def _require_usual(stated: dict[str, Any], dimensions: int, file: Path) -> None:
+    """Raise UsageError if a config states what no published model has, and shapes need not show."""
+    usual: dict[str, dict[str, Any]] = {
+        "": {"embed_dim": dimensions, "quick_gelu": False},
+        "vision_cfg": asdict(CLIPVisionCfg()),
+        "text_cfg": asdict(CLIPTextCfg()),
+    }
+    for part, values in usual.items():
+        given = stated.get(part, {}) if part else stated
+        for key in (given.keys() & values.keys()) - _FROM_SHAPES:
+            if given[key] not in (None, values[key]):
+                raise UsageError(
+                    f"the config beside {file} states {key} {given[key]} where published models have {values[key]}; "
+                    "they are not of one model, so fetch both again"
+                )
 
 
 def _filled(config: Config, space: LatentSpace, grid: int, towers: dict[str, Tensor], file: Path) -> Any:

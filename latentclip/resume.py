@@ -14,7 +14,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor
 
 from latentclip._commit import verify_checkpoint
-from latentclip.accumulation import check_micro_batch
+from latentclip.accumulation import check_parts
 from latentclip.average import WeightAverage, averaged
 from latentclip.checkpoint import (
     checkpoint_folders,
@@ -29,7 +29,7 @@ from latentclip.errors import UsageError
 from latentclip.fit_settings import FitSettings
 from latentclip.initial import start_from
 from latentclip.latent_space import LatentSpace
-from latentclip.model import Config, build_model, require_tokenizer, resolve_config
+from latentclip.model import Config, build_model, require_tokenizer, resolve_config, set_checkpointing
 from latentclip.place import Team
 from latentclip.sharded import SCALARS, placed_like, shard, whole
 from latentclip.snapshot import Snapshot, read_snapshot
@@ -90,7 +90,11 @@ class Training:
         """Share weights, moments and averages, which every worker holds, out among a team."""
         before, trained = self.tensors(), parameters(self.optimiser)
         moments = {f"{index}.{name}" for index, value in enumerate(trained) if not value.ndim for name in MOMENTS}
-        self.scalars = frozenset({*SCALARS, *moments})
+        scales = {name: getattr(self.model, name, None) for name in SCALARS}
+        # Those that a config wants with a dimension (`nonscalar_logit_scale`) keep it.
+        self.scalars = frozenset(
+            {name for name, value in scales.items() if value is not None and not value.ndim} | moments
+        )
         shard(self.model, team)
         self.optimiser = build_optimiser(self.model, optimisation)
         load_optimiser(self.optimiser, before["optimiser"])
@@ -185,7 +189,7 @@ def begin(dataset: LatentDataset, settings: FitSettings, device: torch.device) -
     config = training_config(dataset, settings)
     model, tokenizer = build_model(config, space, grid), load_tokenizer(config)
     if settings.start_from:
-        start_from(model, settings.start_from, space)
+        start_from(model, config, settings.start_from, space)
     return _on_device(model, config, tokenizer, dataset.snapshot, settings, device)
 
 
@@ -219,11 +223,11 @@ def _on_device(
     device: torch.device,
 ) -> Training:
     require_tokenizer(model, tokenizer)
-    check_micro_batch(model, settings.micro_batch)
+    check_parts(model, settings.micro_batch, settings.gradient_checkpointing)
     check_embedding_first(model, settings.optimisation)
     model = model.train().to(device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
-        model.set_grad_checkpointing()
+        set_checkpointing(model, True)
     optimiser = build_optimiser(model, settings.optimisation)  # which freezes what is not trained
     average = WeightAverage(model, settings.average) if settings.average else None
     if settings.compile:

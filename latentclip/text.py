@@ -38,6 +38,8 @@ _WORDS_KEPT = 2**18
 """Words whose byte pairs are remembered, about 50 MB."""
 _ROWS_KEPT = 2**17
 """Captions whose pooled vectors are kept, 200 MB at a width of 384."""
+_CLEANING = ("whitespace", "lower", "canonicalize")
+"""open_clip's ways of cleaning a caption."""
 _CHUNK = 32
 """Captions the frozen transformer reads at once."""
 
@@ -78,8 +80,10 @@ def _refuse_code(folder: Path) -> None:
 class Tokenizer:
     """A tokenizer of open_clip with the files it came from, for checkpoints to carry. Threads may share one."""
 
-    def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, files: dict[str, bytes]) -> None:
-        """Wrap `tokenizer`, which was read from `files` (name to content)."""
+    def __init__(
+        self, tokenizer: SimpleTokenizer | HFTokenizer, files: dict[str, bytes], options: dict[str, Any]
+    ) -> None:
+        """Wrap `tokenizer`, which was read from `files` (name to content) with open_clip's `options`."""
         self._tokenizer = tokenizer
         self._files = files
         self.context_length: int = tokenizer.context_length
@@ -89,8 +93,9 @@ class Tokenizer:
         vocabulary = [
             (name, hashlib.sha256(files[name]).hexdigest()) for name in sorted(files) if name != _MODEL_CONFIG
         ]
-        self.hash = hashlib.sha256(json.dumps([vocabulary, self.context_length]).encode()).hexdigest()
-        """SHA-256 over the vocabulary's files and the context length."""
+        identity = [vocabulary, self.context_length, *([options] if options else [])]
+        self.hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the vocabulary's files, the context length and the options that a config states."""
         self(
             ["prime"]
         )  # The first call sets padding in Hugging Face's tokenizer, which must not happen in two threads.
@@ -113,9 +118,10 @@ def load_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Tokeni
     """The tokenizer of a model config, from a checkpoint's tokenizer folder if given.
 
     `text_cfg.hf_tokenizer_name` names a Hugging Face tokenizer; without it, it is CLIP's byte-pair encoding.
-    Raises UsageError if its files cannot be found or read.
+    Raises UsageError if its files cannot be found or read, or for options that are not open_clip's.
     """
     text = config["text_cfg"]
+    options = _options(text)
     context_length = text.get("context_length", 77)
     if name := text.get("hf_tokenizer_name"):
         source = pretrained_folder(str(folder or name))
@@ -123,16 +129,35 @@ def load_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Tokeni
         tower = pretrained_folder(str(folder or text.get("hf_model_name", name))) / _MODEL_CONFIG
         files |= {_MODEL_CONFIG: tower.read_bytes()} if tower.is_file() else {}
         try:
-            return Tokenizer(HFTokenizer(str(source), context_length=context_length), files)
+            return Tokenizer(HFTokenizer(str(source), context_length=context_length, **options), files, options)
         except Exception as error:  # broken files raise nearly anything, a bare Exception too
             raise UsageError(f"{source} holds no tokenizer that can be read ({error}); fetch it again") from error
     bpe = folder / _BPE if folder else Path(default_bpe())
     if not bpe.is_file():
         raise UsageError(f"{folder} lacks {_BPE}; use a checkpoint with its tokenizer")
     try:
-        return Tokenizer(SimpleTokenizer(str(bpe), context_length=context_length), {_BPE: bpe.read_bytes()})
+        tokenizer = SimpleTokenizer(str(bpe), context_length=context_length, **options)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UsageError(f"{bpe} holds no byte pairs ({error}); use another checkpoint") from error
+    return Tokenizer(tokenizer, {_BPE: bpe.read_bytes()}, options)
+
+
+def _options(text: dict[str, Any]) -> dict[str, Any]:
+    """What a `text_cfg` asks of open_clip's tokenizer; nothing else, since transformers takes options that run code."""
+    options = dict(text.get("tokenizer_kwargs") or {})
+    hugging_face = bool(text.get("hf_tokenizer_name"))
+    if hugging_face and text.get("tokenizer_mode"):
+        options["tokenizer_mode"] = text["tokenizer_mode"]
+    known: dict[str, tuple[Any, ...]] = {"clean": _CLEANING}
+    if hugging_face:
+        known |= {"strip_sep_token": (True, False), "tokenizer_mode": ("clips",)}
+    for name, value in options.items():
+        if name not in known or value not in known[name]:
+            raise UsageError(
+                f"the tokenizer option {name} = {value} of text_cfg is not supported; leave it away, or use one of "
+                f"{', '.join(sorted(known))}"
+            )
+    return options
 
 
 class Residual(nn.Module):

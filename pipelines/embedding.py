@@ -44,9 +44,10 @@ _ANSWER = pa.schema(
 class Embedder:
     """The actor: the model on one device, shard after shard."""
 
-    def __init__(self, config: EvaluateConfig, spaces: Mapping[str, LatentSpace], credentials: Sealed) -> None:
+    def __init__(
+        self, config: EvaluateConfig, spaces: Mapping[str, LatentSpace], credentials: Sealed, device: str
+    ) -> None:
         credentials.open()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(os.cpu_count() or 1)
         self.config = config
         self.spaces = spaces
@@ -108,9 +109,11 @@ def embed(config: EvaluateConfig, sets: Mapping[str, LatentDataset]) -> dict[str
     return {name: _gather(dataset, chunks[name]) for name, dataset in sets.items()}
 
 
-def embed_here(config: EvaluateConfig, sets: Mapping[str, LatentDataset], credentials: Sealed) -> dict[str, Embedded]:
+def embed_here(
+    config: EvaluateConfig, sets: Mapping[str, LatentDataset], credentials: Sealed, device: str
+) -> dict[str, Embedded]:
     """The same in this process, one shard after the other."""
-    embedder = Embedder(config, {name: dataset.space for name, dataset in sets.items()}, credentials)
+    embedder = Embedder(config, {name: dataset.space for name, dataset in sets.items()}, credentials, device)
     return {
         name: _gather(
             dataset,
@@ -137,9 +140,10 @@ def _answers(config: EvaluateConfig, sets: Mapping[str, LatentDataset]) -> Itera
     ]
     gpus = int(ray.cluster_resources().get("GPU", 0))
     resources: dict[str, Any] = {"num_gpus": 1.0} if gpus else {"num_cpus": 1.0}
+    spaces = {name: dataset.space for name, dataset in sets.items()}
     answers = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         Embedder,
-        fn_constructor_args=(config, {name: dataset.space for name, dataset in sets.items()}, Sealed(os.environ)),
+        fn_constructor_args=(config, spaces, Sealed(os.environ), "cuda" if gpus else "cpu"),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(max(1, gpus), len(tasks))),
         **resources,

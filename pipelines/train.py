@@ -21,17 +21,19 @@ from typing import Any
 
 import ray
 
-from latentclip.accumulation import check_micro_batch
+from latentclip.accumulation import check_parts
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
 from latentclip.fit import FitSettings, check_settings
-from latentclip.model import build_model, require_tokenizer, resolve_config
+from latentclip.initial import start_from
+from latentclip.model import build_model, require_tokenizer
 from latentclip.opened import token_notices
 from latentclip.pinning import notices
 from latentclip.records import differences
-from latentclip.resume import reached
+from latentclip.resume import reached, training_config
 from latentclip.storage import Folder
 from latentclip.text import load_tokenizer
+from latentclip.training import check_embedding_first
 from pipelines.cluster import absolute, absolute_source, check_output, cluster, joins, run_program, warn_unless_shared
 from pipelines.configs import TRAIN_FILE, TrainConfig, parse, write_config
 from pipelines.costs import costs
@@ -63,6 +65,10 @@ def check_run(config: TrainConfig, folder: Folder, flag: str) -> None:
         before = json.loads(folder.read(TRAIN_FILE))["settings"]
     except FileNotFoundError:
         return
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{TRAIN_FILE} of the run {folder} cannot be read ({error}); put it right, or use another {flag} folder"
+        ) from error
     now = json.loads(json.dumps(asdict(config.settings)))
     before = _with_defaults(before, json.loads(json.dumps(asdict(FitSettings()))))
     for name in FREE_TO_CHANGE:
@@ -92,7 +98,7 @@ def describe(config: TrainConfig) -> str:
         dataset = dataset.at(before.snapshot)
     check_settings(dataset, config.settings)
     grid = dataset.dataset.grid
-    model_config = resolve_config(config.settings.model, dataset.space, grid)
+    model_config = training_config(dataset, config.settings)
     model = build_model(model_config, dataset.space, grid)
     pairs = sum(shard.rows for shard in dataset.shards)
     millions = sum(value.numel() for value in model.parameters()) / 1e6
@@ -102,7 +108,10 @@ def describe(config: TrainConfig) -> str:
     )
     tokenizer = load_tokenizer(model_config)
     require_tokenizer(model, tokenizer)
-    check_micro_batch(model, config.settings.micro_batch)
+    check_parts(model, config.settings.micro_batch, config.settings.gradient_checkpointing)
+    check_embedding_first(model, config.settings.optimisation)
+    if config.settings.start_from and not before:
+        start_from(model, model_config, config.settings.start_from, dataset.space)
     unused = token_notices(dataset, tokenizer, config.settings.model)
     return "\ntrain: ".join([line, *notices(dataset), *unused])
 
@@ -121,6 +130,8 @@ def run(config: TrainConfig) -> bool:
     settings = config.settings
     if Path(settings.model).is_file():
         settings = replace(settings, model=absolute(settings.model))
+    if settings.start_from and Path(settings.start_from).exists():
+        settings = replace(settings, start_from=absolute(settings.start_from))
     cache = absolute(config.cache) if config.cache else None
     latents, validation = absolute_source(config.latents), validation_sources(config)
     config = replace(config, run=absolute(config.run), latents=latents, cache=cache, settings=settings)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from latentclip.checkpoint import checkpoint_folders
@@ -31,14 +30,17 @@ from pipelines.evaluate import Prompts, check, judge, named_sources
 
 
 @ray.remote(max_retries=0)
-def validate(config: EvaluateConfig, credentials: Sealed) -> dict[str, float]:
-    """Retrieval metrics of a checkpoint by name, as `evaluate.py` computes them; of named sets as NAME/METRIC."""
+def validate(config: EvaluateConfig, credentials: Sealed, device: str) -> dict[str, float]:
+    """Retrieval metrics of a checkpoint by name, as `evaluate.py` computes them; of named sets as NAME/METRIC.
+
+    `device` is stated, since Ray shows a task that asked for no GPU those that the workers train on.
+    """
     credentials.open()
     sets = {name: LatentDataset(source) for name, source in named_sources(config.latents).items()}
-    clip = load(config.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    clip = load(config.checkpoint, device)
     for dataset in sets.values():
         check(clip, dataset, None)
-    metrics, _ = judge(config, clip, embed_here(config, sets, credentials), Prompts(None, None))
+    metrics, _ = judge(config, clip, embed_here(config, sets, credentials, device), Prompts(None, None))
     return {
         f"{name}/{measure}" if name else measure: float(metric["value"])
         for name, found in metrics.items()
@@ -93,7 +95,8 @@ class Validation:
         config = EvaluateConfig(checkpoint=str(folder), latents=self.config.validation_latents, out=self.config.run)
         spare = ray.cluster_resources().get("GPU", 0) > self.config.workers
         resources: dict[str, Any] = {"num_gpus": 1} if spare else {"num_cpus": 1}
-        self.task = validate.options(**resources).remote(config, Sealed(os.environ))
+        device = "cuda" if spare else "cpu"
+        self.task = validate.options(**resources).remote(config, Sealed(os.environ), device)
 
     def _take_in(self) -> None:
         task, self.task = self.task, None

@@ -13,7 +13,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from test_model import SDXL, TEXT, on_timm
 from torch import nn
 
-from latentclip.accumulation import backward, check_micro_batch
+from latentclip.accumulation import backward, check_parts
 from latentclip.errors import UsageError
 from latentclip.model import build_model
 
@@ -71,9 +71,11 @@ def test_a_frozen_text_tower_is_left_alone() -> None:
 
 def test_batch_normalisation_is_refused_with_a_sentence() -> None:
     model = build_model(on_timm(), SDXL, 8)
-    check_micro_batch(model, None)
+    check_parts(model, None, checkpointing=False)
     with pytest.raises(UsageError, match="batch normalisation, whose statistics would be of a part of the batch alone"):
-        check_micro_batch(model, 4)
+        check_parts(model, 4, checkpointing=False)
+    with pytest.raises(UsageError, match="batch normalisation, whose running statistics would move twice a step"):
+        check_parts(model, None, checkpointing=True)
 
 
 def test_a_run_may_go_on_with_other_parts(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import fit, lines, small_latents
+from fits import fit, in_float32, lines, small_latents
 from safetensors.torch import load_file, save_file
 
 import latentclip
@@ -51,6 +51,16 @@ def test_a_resumed_run_has_the_same_average_and_is_used_with_it(tmp_path: Path) 
     used = latentclip.load(tmp_path / "whole").model.state_dict()
     assert all(torch.equal(used[name], value) for name, value in averages["whole"].items())
     assert not torch.equal(used["visual.conv1.weight"], weights["visual.conv1.weight"])
+
+
+def test_the_average_beside_a_frozen_text_tower_is_used(tmp_path: Path) -> None:
+    latents = small_latents(tmp_path / "latents")
+    fit(latents, tmp_path / "run", average=0.9, optimisation=in_float32(text_rate=0.0)).run()
+    good = newest_good(tmp_path / "run")
+    average, weights = (load_file(good / f"{name}.safetensors") for name in ("average", "model"))
+    assert {name.split(".")[0] for name in average} == {"visual", "logit_scale"}
+    used = latentclip.load(tmp_path / "run").model.state_dict()
+    assert all(torch.equal(used[name], average.get(name, value)) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("spoil", ["missing", "shape", "nan"])

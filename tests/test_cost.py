@@ -113,6 +113,17 @@ def test_a_sigmoid_loss_and_a_frozen_text_tower_have_a_cost_too() -> None:
     assert frozen.activations(64) > 0
 
 
+def test_a_pretrained_text_tower_is_checkpointed_only_where_asked_for() -> None:
+    config = resolve_config("Latent-ResNet-10-MiniLM", SPACE, 8)
+    config["text_cfg"] |= {"locked": False}
+    plain, kept = (
+        Cost(build_model(config, SPACE, 8), config, SPACE, 8, FP32, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    assert 2.9 < plain.training_flops / plain.forward_flops < 3.1
+    assert kept.activations(32) < plain.activations(32)
+
+
 def test_the_model_is_left_as_it_is() -> None:
     config = resolve_config(TINY, SPACE, 32)
     model = build_model(config, SPACE, 32).eval()

@@ -115,6 +115,10 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "exists already" in capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "other"), "--metrics", str(tmp_path / "none.json")]) == 3
     assert "none.json cannot be read" in capsys.readouterr().err
+    for number, wrong in enumerate(({"a": 1}, {"r1": {"value": 0.5}}, {"set": {"r1": 0.5}})):
+        (metrics := tmp_path.parent / f"{tmp_path.name}-{number}.json").write_text(json.dumps(wrong))
+        assert main(["export", str(run), str(tmp_path / "other"), "--metrics", str(metrics)]) == 3
+        assert "is no metrics.json of pipelines/evaluate.py" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "other")]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from fits import MODEL, in_float32
-from latent_samples import fill, make_dataset, make_outcome, make_rows
+from latent_samples import SPACE, fill, make_dataset, make_outcome, make_rows
 from open_clip.loss import ClipLoss
 
 from latentclip._commit import commit
+from latentclip.augment import LatentAugmentation
 from latentclip.checkpoint import newest_good
 from latentclip.dataset import LatentDataset
 from latentclip.errors import UsageError
@@ -146,6 +148,16 @@ def test_same_losses_as_a_plain_loop(latents: LatentDataset, tmp_path: Path) -> 
         ({"steps": 0}, "--steps is 0; give at least 1"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"optimisation": in_float32(learning_rate=-1.0)}, "--learning-rate is -1.0; give at least 0"),
+        ({"optimisation": in_float32(learning_rate=float("nan"))}, "--learning-rate is nan; give at least 0"),
+        ({"optimisation": in_float32(gradient_clip=-1.0)}, "--gradient-clip is -1.0; give a number above 0"),
+        ({"optimisation": in_float32(beta1=1.0)}, "--beta1 is 1.0; give a number from 0 to 0.999999"),
+        ({"optimisation": in_float32(epsilon=0.0)}, "--epsilon is 0.0; give a number above 0"),
+        ({"optimisation": in_float32(embedding_first=2.0)}, "--embedding-first is 2.0; give a number from 0 to 1"),
+        ({"optimisation": in_float32(mixup=0.4), "batch_size": 9}, "--batch-size 9 is odd"),
+        ({"steps": None, "max_minutes": 0.0}, "--max-minutes is 0.0; give a number above 0"),
+        ({"plain_share": 3.0}, "--plain-share is 3.0; give a number from 0 to 1"),
+        ({"augmentation": LatentAugmentation(crop=1.5)}, "--crop is 1.5; give a number from 0 to 1"),
+        ({"augmentation": LatentAugmentation(noise=float("inf"))}, "--noise is inf; give at least 0"),
     ],
 )
 def test_wrong_settings_are_a_sentence(
@@ -159,6 +171,24 @@ def test_latents_without_a_row_are_a_sentence(tmp_path: Path) -> None:
     fill(tmp_path / "latents", shards=1, rows=0)
     with pytest.raises(UsageError, match="holds no latents, since no pair was stored"):
         fit(LatentDataset(tmp_path / "latents"), tmp_path / "run")
+
+
+def test_moments_are_no_latents(tmp_path: Path) -> None:
+    moments = replace(SPACE, kind="moments")
+    fill(tmp_path / "latents", shards=1, rows=16, latent_shape=(8, 4, 4), latent_space=moments)
+    with pytest.raises(UsageError, match="holds the posterior's moments, and a training takes latents"):
+        fit(LatentDataset(tmp_path / "latents"), tmp_path / "run")
+
+
+def test_too_little_memory_on_the_device_is_a_sentence(latents: LatentDataset, tmp_path: Path) -> None:
+    made = fit(latents, tmp_path)
+
+    def allocate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")  # what a GPU's allocator says
+
+    made.training.model.visual.register_forward_hook(allocate)
+    with pytest.raises(UsageError, match="not enough memory for this model and batch; compute fewer pairs at a time"):
+        made.run()
 
 
 def test_a_checkpoint_is_written_once(latents: LatentDataset, tmp_path: Path) -> None:

@@ -219,3 +219,33 @@ def test_a_model_of_the_sigmoid_loss_gets_its_bias(latents: LatentDataset, tmp_p
     assert model.logit_bias.item() == pytest.approx(-10, abs=0.01)
     assert config["init_logit_bias"] == -10
     assert build_model(config, latents.space, 4).logit_bias.item() == -10
+
+
+@pytest.mark.parametrize(("first", "then"), [("clip", "siglip"), ("siglip", "clip")])
+def test_another_objective_takes_the_towers(first: str, then: str, latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path / "first", optimisation=in_float32(loss=first), until=2).run()
+    theirs = read_model(newest_good(tmp_path / "first"))[0].state_dict()
+    mine = begun(latents, tmp_path / "run", optimisation=in_float32(loss=then), start_from=str(tmp_path / "first"))
+    fresh = begun(latents, tmp_path / "fresh", optimisation=in_float32(loss=then))
+    scales = {name for name in mine if name.startswith("logit_")}
+    assert all(torch.equal(mine[name], fresh[name]) for name in scales)
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items() if name not in scales)
+
+
+def test_the_average_of_a_run_is_started_from(latents: LatentDataset, tmp_path: Path) -> None:
+    fit(latents, tmp_path / "first", average=0.9).run()
+    mine = begun(latents, tmp_path / "run", start_from=str(tmp_path / "first"))
+    used = load(tmp_path / "first").model.state_dict()
+    assert all(torch.equal(value, used[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize(("part", "key", "value"), [("", "quick_gelu", True), ("text_cfg", "heads", 4)])
+def test_weights_of_another_arithmetic_are_refused(
+    part: str, key: str, value: object, latents: LatentDataset, tmp_path: Path
+) -> None:
+    pixel_clip(tmp_path / "pixels")
+    config = json.loads(MODEL.read_text())
+    (config[part] if part else config)[key] = value
+    (tmp_path / "pixels" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(UsageError, match=f"was trained with {key} {value}, and the model has"):
+        begun(latents, tmp_path / "run", start_from=str(tmp_path / "pixels"))

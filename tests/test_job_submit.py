@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import ray
+from chaos import wait_until
 from demo_pairs import emoji_shards
+from latent_samples import fill
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from latentclip.checkpoint import newest_good
 from latentclip.verify import verify
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +33,10 @@ class Head:
     session: Path
     """Folder of its temporary files, the jobs' working directories among them."""
 
-    def submit(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+    def submit(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """`ray job submit` from the repository's root; the process ends when the job does."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.url, "--submission-id", name]
+        command += ["--runtime-env-json", json.dumps({"env_vars": environment})]
         command += ["--working-dir", ".", "--", "python", *arguments]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -74,3 +79,24 @@ def test_encode_runs_as_a_job_and_a_relative_output_is_refused(head: Head, tmp_p
         names = {path.name for path in upload.iterdir()}
         assert {"latentclip", "pipelines"} <= names
         assert not names & {".git", ".venv", "runs", "latents"}
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_leaves_a_checkpoint(head: Head, tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=2, rows=18, latent_shape=(4, 4, 4))
+    run = tmp_path / "run"
+    options = ("photos", "--latents", str(tmp_path / "latents"), "--run", str(run), "--max-minutes", "None")
+    options += ("--model", "Latent-ViT-tiny", "--steps", "1000000", "--batch-size", "12", "--log-steps", "1")
+    job = head.submit("stopped", "pipelines/train.py", *options, RAY_JOB_STOP_WAIT_TIME_S="120")
+    steps = run / "samples.jsonl"
+    wait_until(lambda: steps.exists() and steps.stat().st_size, "the first step")
+    assert newest_good(run) is None
+
+    client = JobSubmissionClient(head.url)
+    client.stop_job("stopped")
+    output = job.communicate()[0]
+    wait_until(lambda: client.get_job_status("stopped").is_terminal(), "the end of the job")
+    assert client.get_job_status("stopped") == JobStatus.STOPPED
+    checkpoint = newest_good(run)
+    assert checkpoint is not None, output
+    assert len(steps.read_text().splitlines()) == int(checkpoint.name.removeprefix("step_"))

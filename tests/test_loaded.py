@@ -84,6 +84,16 @@ def test_latents_of_another_space_or_shape_are_refused(clip: Loaded, codec: Code
             clip.encode_latents(wrong)
 
 
+def test_stored_integers_are_no_latents(clip: Loaded) -> None:
+    with pytest.raises(UsageError, match=r"torch.int8, as they are stored; make numbers of them with latentclip.quant"):
+        clip.encode_latents(torch.zeros(1, 6, 4, 4, dtype=torch.int8))
+
+
+def test_one_caption_may_be_given_as_it_is(clip: Loaded, latents: torch.Tensor) -> None:
+    assert torch.equal(clip.encode_text(CAPTIONS[0]), clip.encode_text(CAPTIONS[:1]))
+    assert clip.rank(clip.encode_latents(latents)[0], CAPTIONS[0]) == [(CAPTIONS[0], 1.0)]
+
+
 def test_gradients_reach_latents_only(clip: Loaded, latents: torch.Tensor) -> None:
     latents.requires_grad_()
     (clip.encode_latents(latents) @ clip.encode_text(CAPTIONS).T).sum().backward()

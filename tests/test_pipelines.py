@@ -224,6 +224,7 @@ def test_an_ended_training_goes_on_as_if_it_had_not(tmp_path: Path, number: sign
 
 
 Program = Callable[[Sequence[str]], int]
+SMALL = ("demo", "--latents", "latents", "--run", "out", "--batch-size", "12")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,9 @@ Program = Callable[[Sequence[str]], int]
         (train.main, ["demo", "--latents", "pairs", "--run", "out"], "pairs holds no latents"),
         (train.main, ["demo", "--latents", "nowhere", "--run", "out"], "nowhere"),
         (train.main, ["demo", "--latents", "latents", "--run", "out", "--batch-size", "5000"], "--batch-size 12"),
+        (train.main, [*SMALL, "--model", "list.json"], "is no JSON object"),
+        (train.main, [*SMALL, "--start-from", "./empty"], "empty has no open_clip_model.safetensors"),
+        (train.main, [*SMALL, "--gradient-checkpointing", "--model", "Latent-ResNet-10-MiniLM"], "would move twice"),
         (evaluate.main, ["photos", "--checkpoint", "nowhere", "--latents", "latents", "--out", "out"], "nowhere"),
     ],
 )
@@ -256,6 +260,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "list.json").write_text("[]")
     emoji_shards(tmp_path / "pairs", shards=1, rows=3)
     fill(tmp_path / "latents", shards=3, rows=4, latent_shape=(4, 4, 4))
     with pytest.raises(SystemExit) as ended:
@@ -266,6 +271,14 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     assert sentence in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_configuration_of_the_run_is_a_sentence(tmp_path: Path) -> None:
+    fill(tmp_path / "latents", shards=3, rows=4, latent_shape=(4, 4, 4))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.config.json").write_text('{"settings": {"model": "La')
+    with pytest.raises(UsageError, match=r"train\.config\.json of the run .* cannot be read .* put it right"):
+        train.run(train_config(tmp_path / "latents", tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

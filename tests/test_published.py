@@ -292,6 +292,8 @@ def test_what_is_no_published_checkpoint(sentence: str, tmp_path: Path) -> None:
         ("text_cfg", "width", 512, "is a model with width 64, but the config beside it states 512"),
         ("vision_cfg", "latent_encoder_name", "other/vae", "latents of other/vae, whose scaling is not known here"),
         ("text_cfg", "heads", 0, "cannot be built"),
+        ("text_cfg", "pool_type", "last", "states pool_type last where published models have argmax"),
+        ("text_cfg", "no_causal_mask", True, "states no_causal_mask True where published models have False"),
     ],
 )
 def test_a_config_that_does_not_match(part: str, key: str, value: object, sentence: str, tmp_path: Path) -> None:
@@ -300,3 +302,17 @@ def test_a_config_that_does_not_match(part: str, key: str, value: object, senten
     with pytest.raises(UsageError, match=sentence):
         load(tmp_path)
     assert load(file)  # without the config beside it
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("quick_gelu", True, "states quick_gelu True where published models have False"),
+        ("embed_dim", 999, "states embed_dim 999 where published models have 32"),
+    ],
+)
+def test_a_config_of_another_arithmetic(key: str, value: object, sentence: str, tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints" / "epoch_34.pt", random_weights(SMALL_B_8))
+    (tmp_path / "Latent-ViT.json").write_text(json.dumps({"vision_cfg": {}, "text_cfg": {}, key: value}))
+    with pytest.raises(UsageError, match=sentence):
+        load(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from fits import STEPS, fit, lines, small_latents, spoil_latents
+from fits import MODEL, STEPS, fit, lines, small_latents, spoil_latents
 from safetensors.torch import load_file
 
 import latentclip
@@ -42,6 +43,7 @@ def work(rank: int, root: Path) -> None:
     train(root, rank, "parts")
     train(root, rank, "fewer", until=4)
     train(root, rank, "spoiled", spoiled_at=3)
+    train(root, rank, "dimensions", until=2, model=str(root / "dimensions.json"))
     torch.distributed.destroy_process_group()
 
 
@@ -49,6 +51,7 @@ def work(rank: int, root: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sharded")
     latents = small_latents(root / "latents")
+    (root / "dimensions.json").write_text(json.dumps({**json.loads(MODEL.read_text()), "nonscalar_logit_scale": True}))
     torch.multiprocessing.spawn(work, (root,), nprocs=2)
     fit(latents, root / "fewer", **SETTINGS).run()
     return root
@@ -91,3 +94,8 @@ def test_a_bad_number_in_one_part_sends_both_back(root: Path) -> None:
     [skip] = lines(root / "spoiled", "skips.jsonl")
     assert (skip["step"], skip["reason"]) == (3, "a latent is not finite")
     assert len(lines(root / "spoiled")) == STEPS
+
+
+def test_a_scale_that_has_a_dimension_keeps_it(root: Path) -> None:
+    clip = latentclip.load(root / "dimensions")
+    assert clip.model.logit_scale.shape == clip.model.logit_bias.shape == (1,)

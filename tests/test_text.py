@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer
 
 from latentclip import hub, text
 from latentclip.errors import UsageError
@@ -74,6 +75,26 @@ def test_tokenizer_travels(config: dict[str, Any], tmp_path: Path) -> None:
     assert here.hash == there.hash
     shorter = {"text_cfg": config["text_cfg"] | {"context_length": 16}}
     assert load_tokenizer(shorter, tmp_path).hash != here.hash
+
+
+@needs_minilm
+def test_options_of_a_config_are_open_clips(tokenizer: Tokenizer) -> None:
+    options = {"clean": "canonicalize", "strip_sep_token": True}
+    stated = {"text_cfg": MINILM_CONFIG["text_cfg"] | {"tokenizer_kwargs": options}}
+    mine = load_tokenizer(stated)
+    theirs = HFTokenizer(str(pretrained_folder(MINILM)), context_length=32, **options)
+    captions = ["A cat, on-the mat!", *CAPTIONS]
+    assert torch.equal(mine(captions), theirs(captions))
+    assert not torch.equal(mine(captions), tokenizer(captions))
+    assert mine.hash != tokenizer.hash
+    lower = load_tokenizer({"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}}})
+    assert torch.equal(lower(["A cat!"]), open_clip.SimpleTokenizer(clean="canonicalize")(["A cat!"]))
+
+
+@pytest.mark.parametrize("options", [{"trust_remote_code": True}, {"clean": "not"}, {"clean": ["lower"]}])
+def test_other_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"the tokenizer option {next(iter(options))} = .* is not supported"):
+        load_tokenizer({"text_cfg": CLIP_CONFIG["text_cfg"] | {"tokenizer_kwargs": options}})
 
 
 @needs_minilm
