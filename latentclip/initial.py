@@ -58,7 +58,7 @@ def start_from(model: CLIP | CustomTextCLIP, config: Config, source: str, space:
     tensor, if anything else does not fit, or if weights of the same shapes compute something else.
     """
     weights, theirs, stated = _read(source)
-    if stated:
+    if isinstance(stated, dict):
         _require_same_arithmetic(config, stated, source)
     expected = model.state_dict()
     resize_pos_embed(weights, model)
@@ -79,7 +79,7 @@ def start_from(model: CLIP | CustomTextCLIP, config: Config, source: str, space:
 
 def _require_same_arithmetic(mine: Config, theirs: Config, source: str) -> None:
     for part, keys in UNSEEN.items():
-        here, there = (config.get(part, {}) if part else config for config in (mine, theirs))
+        here, there = ((config.get(part) or {}) if part else config for config in (mine, theirs))
         for key, default in keys.items():
             if (wanted := here.get(key, default)) != (given := there.get(key, default)):
                 raise UsageError(
