@@ -96,8 +96,14 @@ def test_accumulated_it_is_the_same_training(tmp_path: Path) -> None:
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 9}, {"optimisation": in_float32(mixup=-0.1)}])
-def test_what_it_cannot_blend_is_a_sentence(tmp_path: Path, settings: dict) -> None:
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"batch_size": 9}, "--mixup blends two by two, and --batch-size 9 is odd; give an even one"),
+        ({"optimisation": in_float32(mixup=-0.1)}, "--mixup is -0.1; give at least 0"),
+    ],
+)
+def test_what_it_cannot_blend_is_a_sentence(tmp_path: Path, settings: dict, sentence: str) -> None:
     latents = small_latents(tmp_path / "latents")
-    with pytest.raises(UsageError, match="give an alpha of 0 or more, and an even batch"):
+    with pytest.raises(UsageError, match=sentence):
         fit(latents, tmp_path / "run", **{"optimisation": in_float32(mixup=0.4), **settings})
